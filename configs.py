@@ -1,0 +1,196 @@
+"""Published constants of ContSup (arXiv 2312.07636): data sets, cuts and loss scales.
+
+Nothing here depends on torch. Every table is followed by the one function that reads it.
+"""
+
+from dataclasses import dataclass
+
+Cut = tuple[int, int]
+"""[stage, block] of the unit that a cut lies right after; the stem is (0, 0)."""
+
+
+class InputError(ValueError):
+    """Something the user asked for or handed in is wrong; the message says what would be right."""
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What training needs to know of a data set.
+
+    `mean` and `std` are per channel, in pixels of 0..255. `pad` pixels are added on each side,
+    by reflection or in black, before the random crop back to `image_size`. `classes` is None
+    where the images on disk decide it. `batch_size` and `lr` are the published defaults.
+    """
+
+    classes: int | None
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad: int
+    reflect: bool
+    flip: bool
+    batch_size: int
+    lr: float
+
+
+CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+HALF = (127.5, 127.5, 127.5)
+
+DATASETS = {
+    "cifar10": DatasetConfig(10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
+    "cifar100": DatasetConfig(100, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
+    "svhn": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 1024, 0.8),
+    "stl10": DatasetConfig(10, 96, HALF, HALF, 4, False, True, 128, 0.1),
+    # Not in the paper. A mirrored digit is another sign, so digits are not flipped.
+    "digits": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 128, 0.1),
+    "folder": DatasetConfig(None, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
+}
+
+SAME_TABLES = {"cifar100": "cifar10"}
+"""Data sets that use the cuts and loss scales published for another one."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Cuts: (layers, K) -> the K-1 cuts
+
+EQUAL_CUTS: dict[tuple[int, int], list[Cut]] = {
+    (32, 2): [(2, 1)],
+    (32, 3): [(1, 4), (2, 4)],
+    (32, 4): [(1, 2), (2, 1), (3, 0)],
+    (32, 8): [(1, 0), (1, 2), (1, 4), (2, 1), (2, 3), (3, 0), (3, 2)],
+    (32, 16): [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2), (2, 3),
+               (2, 4), (3, 0), (3, 1), (3, 2), (3, 3)],
+    (110, 2): [(2, 8)],
+    (110, 3): [(1, 17), (2, 17)],
+    (110, 4): [(1, 11), (2, 7), (3, 3)],
+    (110, 8): [(1, 4), (1, 11), (2, 0), (2, 7), (2, 14), (3, 3), (3, 10)],
+    (110, 16): [(1, 1), (1, 4), (1, 7), (1, 10), (1, 13), (1, 16), (2, 1), (2, 4), (2, 7),
+                (2, 11), (2, 15), (3, 1), (3, 5), (3, 9), (3, 13)],
+}  # fmt: skip
+
+BALANCED_CUTS: dict[tuple[int, str, int], list[Cut]] = {
+    (110, "cifar10", 2): [(1, 14)],
+    (110, "cifar10", 3): [(1, 9), (2, 2)],
+    (110, "cifar10", 4): [(1, 6), (1, 14), (2, 8)],
+    (110, "stl10", 2): [(1, 14)],
+    (110, "stl10", 3): [(1, 8), (2, 1)],
+    (110, "stl10", 4): [(1, 6), (1, 14), (2, 8)],
+    (32, "cifar10", 2): [(1, 3)],
+    (32, "cifar10", 4): [(1, 2), (1, 4), (2, 2)],
+    (32, "cifar10", 8): [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 2)],
+    (32, "cifar10", 16): EQUAL_CUTS[32, 16],
+}
+
+
+def blocks_per_stage(layers: int) -> int:
+    """n of a ResNet of depth `layers` = 6n+2.
+
+    Raises InputError if no whole n >= 1 gives this depth.
+    """
+    n, rest = divmod(layers - 2, 6)
+    if rest or n < 1:
+        below = max(8, layers - rest)
+        raise InputError(f"a ResNet has 6n+2 layers; {layers} is not such a depth, {below} is")
+    return n
+
+
+def unit_names(layers: int) -> list[Cut]:
+    """[stage, block] of the 3n+1 units of a ResNet, the stem (0, 0) first."""
+    n = blocks_per_stage(layers)
+    return [(0, 0)] + [(stage, block) for stage in (1, 2, 3) for block in range(n)]
+
+
+def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False) -> list[Cut]:
+    """The K-1 cuts of a ResNet, each named by the unit that it lies right after.
+
+    Balanced cuts are the published ones. Equal ones that are not published are computed: of U
+    units, cut i = 1 .. K-1 lies after unit floor(U*i/K), counted from 1.
+
+    Raises InputError for a K that does not fit the depth or has no published balanced cuts.
+    """
+    units = unit_names(layers)
+    if not 1 <= K <= len(units):
+        raise InputError(
+            f"ResNet-{layers} has {len(units)} units, so local_module_num must be 1 to "
+            f"{len(units)}, not {K}"
+        )
+    if K == 1:
+        return []
+    if balanced_memory:
+        dataset = _dataset_with_tables(dataset)
+        if (layers, dataset, K) not in BALANCED_CUTS:
+            known = ", ".join(f"ResNet-{n} {d} K={k}" for n, d, k in BALANCED_CUTS)
+            raise InputError(
+                f"no balanced cuts are published for ResNet-{layers} on {dataset} with K={K}; "
+                f"there are {known}"
+            )
+        return list(BALANCED_CUTS[layers, dataset, K])
+    if (layers, K) in EQUAL_CUTS:
+        return list(EQUAL_CUTS[layers, K])
+    return [units[len(units) * i // K - 1] for i in range(1, K)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss scales with a decoder: K -> (ixx_1, ixy_1, ixx_2, ixy_2)
+
+Scale = tuple[float, float, float, float]
+
+LOSS_SCALES: dict[tuple[int, str], dict[int, Scale]] = {
+    (32, "cifar10"): {2: (5, 1, 0, 0), 4: (6, 0, 1, 2), 8: (5, 0, 0, 2), 16: (5, 0.05, 0.2, 0.5)},
+    (110, "cifar10"): {2: (5, 0.5, 0, 0), 4: (1, 0, 0, 1), 8: (5, 0, 0, 1), 16: (5, 0, 0.5, 1)},
+    (110, "stl10"): {
+        2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1)
+    },
+    (110, "svhn"): {
+        2: (1, 0.1, 0, 0), 4: (5, 0, 0.5, 0), 8: (5, 0, 0.5, 2), 16: (5, 0.2, 0.5, 1)
+    },
+}  # fmt: skip
+
+BALANCED_LOSS_SCALES: dict[tuple[int, str], dict[int, Scale]] = {
+    (32, "cifar10"): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 0, 0.1), 8: (5, 0, 0, 2)},
+    (110, "cifar10"): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 0, 0.1)},
+}
+
+
+def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: bool = False) -> Scale:
+    """The published (ixx_1, ixy_1, ixx_2, ixy_2) of a net that trains with decoders.
+
+    Raises InputError if the paper has no row for it.
+    """
+    table = BALANCED_LOSS_SCALES if balanced_memory else LOSS_SCALES
+    rows = table.get((layers, _dataset_with_tables(dataset)), {})
+    if K not in rows:
+        known = "; ".join(
+            f"ResNet-{n} {d} K={'/'.join(map(str, r))}" for (n, d), r in table.items()
+        )
+        balance = "with" if balanced_memory else "without"
+        raise InputError(
+            f"h_reconstruct needs loss scales, and none are published for ResNet-{layers} on "
+            f"{dataset} with K={K} ({balance} memory balance: {known}); "
+            "give your own with loss_scale, or leave h_reconstruct out"
+        )
+    return rows[K]
+
+
+def loss_weights(scale: Scale, index: int, K: int) -> tuple[float, float]:
+    """(lx, ly), the weights of reconstruction and task loss of module `index` = 0 .. K-2.
+
+    They go linearly from (ixx_1, ixy_1) at the first module to (ixx_2, ixy_2) at the last that
+    has a decoder (README, equation 7; with K = 2 there is but the first).
+    """
+    ixx_1, ixy_1, ixx_2, ixy_2 = scale
+    r = index / (K - 2) if K > 2 else 0.0
+    return (1 - r) * ixx_1 + r * ixx_2, (1 - r) * ixy_1 + r * ixy_2
+
+
+def _dataset_with_tables(dataset: str) -> str:
+    return SAME_TABLES.get(dataset, dataset)

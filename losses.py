@@ -1,0 +1,49 @@
+"""Loss functions of the local modules."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPERATURE = 0.07
+
+
+def supervised_contrastive(
+    embeddings: Tensor, targets: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
+    """Supervised contrastive loss of a batch, one view a sample (`--local_loss_mode contrast`).
+
+    Anchor i has a loss for each other sample p of its class, and its mean over them counts:
+        -log( exp(z_i.z_p / T) / sum over a != i of exp(z_i.z_a / T) ),
+    with z the L2-normalised embeddings. An anchor without a positive counts 0.
+
+    Args:
+        embeddings: (N, D) outputs of an auxiliary head, not normalised.
+        targets: (N,) class indices.
+        temperature: T.
+    Returns:
+        0-d mean over all N anchors.
+    """
+    z = F.normalize(embeddings, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    # The lowest finite number, not -inf: a batch of one would turn -inf - -inf into NaN.
+    similarity = (z @ z.T / temperature).masked_fill(itself, torch.finfo(z.dtype).min)
+    log_p = similarity.log_softmax(dim=1)
+    positive = (targets[:, None] == targets[None, :]) & ~itself
+    log_p_positive = log_p.masked_fill(~positive, 0).sum(dim=1)
+    return -(log_p_positive / positive.sum(dim=1).clamp(min=1)).mean()
+
+
+def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """Mean binary cross entropy between a decoder's image and the input (`--h_reconstruct`).
+
+    Args:
+        decoded: (N, 3, S, S) logits; their sigmoid is the image.
+        pixels: (N, 3, S, S) un-normalised input in [0, 1].
+    Returns:
+        0-d mean over everything.
+    """
+    return F.binary_cross_entropy_with_logits(decoded, pixels)
+
+
+LOCAL_LOSSES = {"cross_entropy": F.cross_entropy, "contrast": supervised_contrastive}
+"""`--local_loss_mode`: (head output (N, D), targets (N,)) -> 0-d loss of an auxiliary head."""

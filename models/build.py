@@ -1,0 +1,148 @@
+"""From options to a network: checks every argument, then puts the local modules together."""
+
+import math
+import numbers
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import nn
+
+from configs import (
+    DATASETS,
+    Cut,
+    InputError,
+    Scale,
+    choose_cuts,
+    loss_weights,
+    published_loss_scale,
+)
+from losses import LOCAL_LOSSES
+from models.auxiliary import Decoder, auxiliary_head, parse_head_config
+from models.context import ContextMode, Contexts, ContextSupply
+from models.network import ContSupNetwork, LocalModule
+from models.resnet import build_units, channels_after, initialise, real_head
+
+SMALLEST_IMAGE = 4
+"""Two strides of 2 leave one pixel of this many."""
+
+
+def build_network(
+    *,
+    layers: int,
+    local_module_num: int,
+    context_mode: str = "R0",
+    local_loss_mode: str = "cross_entropy",
+    dataset: str = "cifar10",
+    image_size: int = 32,
+    num_classes: int = 10,
+    balanced_memory: bool = False,
+    h_reconstruct: bool = False,
+    aux_net_config: str = "1c2f",
+    aux_net_widen: float = 1.0,
+    aux_net_feature_dim: int = 128,
+    droprate: float = 0.0,
+    loss_scale: Scale | None = None,
+) -> ContSupNetwork:
+    """A ResNet cut into local modules, initialised from torch's global generator.
+
+    Only what a run uses is built: no encoder without its context, no decoder without
+    `h_reconstruct`. Initialisation and structure: README, "The method in equations".
+
+    Args:
+        layers: depth, 6n+2.
+        local_module_num: K, number of modules; 1 is training end to end.
+        context_mode: `Rn`, `E` or `RnE`, n <= K.
+        local_loss_mode: `cross_entropy` or `contrast`, the auxiliary heads' loss.
+        dataset: name in `configs.DATASETS`; chooses the published cuts and loss scales, and the
+            mean and std that a decoder's target is un-normalised with.
+        image_size: side of the square images in pixels.
+        num_classes: outputs of the real head and of softmax auxiliary heads.
+        balanced_memory: published memory-balanced cuts instead of equal layers.
+        h_reconstruct: give each module but the last a decoder.
+        aux_net_config, aux_net_widen, aux_net_feature_dim: see `auxiliary_head`.
+        droprate: dropout inside the blocks, in [0, 1).
+        loss_scale: (ixx_1, ixy_1, ixx_2, ixy_2) for the decoders instead of the published row.
+    Raises:
+        ValueError: an argument is out of range or does not fit the others; the message is a
+            sentence that says what would be right.
+    """
+    _check_counts(
+        layers=layers, local_module_num=local_module_num, image_size=image_size,
+        num_classes=num_classes, aux_net_feature_dim=aux_net_feature_dim,
+    )  # fmt: skip
+    _check_choice("dataset", dataset, DATASETS)
+    _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
+    if image_size < SMALLEST_IMAGE:
+        raise InputError(f"image_size must be at least {SMALLEST_IMAGE}, not {image_size}")
+    if not (_is_real(droprate) and 0 <= droprate < 1):
+        raise InputError(f"droprate must be at least 0 and below 1, not {droprate}")
+    if not (_is_real(aux_net_widen) and 0 < aux_net_widen < math.inf):
+        raise InputError(f"aux_net_widen must be a positive number, not {aux_net_widen}")
+
+    parse_head_config(aux_net_config)
+    K = local_module_num
+    units = build_units(layers, droprate)
+    cuts = choose_cuts(layers, K, dataset, balanced_memory)
+    mode = ContextMode.parse(context_mode)
+    if mode.recent > K:
+        raise InputError(
+            f"context_mode {context_mode} asks for {mode.recent} module inputs, but there are "
+            f"{K} modules: n of Rn may be at most local_module_num"
+        )
+    if loss_scale is not None:
+        _check_loss_scale(loss_scale, h_reconstruct)
+    elif h_reconstruct and K > 1:
+        loss_scale = published_loss_scale(layers, K, dataset, balanced_memory)
+
+    modules: list[LocalModule] = []
+    contexts, sources, channels = Contexts(mode, image=3), {}, 3
+    for index, part in enumerate(_split(units, cuts)):
+        supply = ContextSupply(sources, channels, aux_net_widen)
+        if index:
+            contexts.push(channels)
+        sources, channels = contexts.named(), channels_after(part)
+        if index == K - 1:
+            modules.append(LocalModule(supply, part, real_head(num_classes), F.cross_entropy))
+            break
+        outputs = aux_net_feature_dim if local_loss_mode == "contrast" else num_classes
+        head = auxiliary_head(channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim)
+        module = LocalModule(supply, part, head, LOCAL_LOSSES[local_loss_mode])
+        if loss_scale is not None:
+            module.add_decoder(Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K))
+        modules.append(module)
+
+    network = ContSupNetwork(modules, mode, dataset)
+    initialise(network)
+    return network
+
+
+def _split(units: dict[Cut, nn.Module], cuts: list[Cut]) -> list[dict[Cut, nn.Module]]:
+    """The units, in order, as one part a module; each cut lies right after the unit it names."""
+    parts: list[dict[Cut, nn.Module]] = [{}]
+    for name, unit in units.items():
+        parts[-1][name] = unit
+        if name in cuts:
+            parts.append({})
+    return parts
+
+
+def _check_counts(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+
+
+def _check_loss_scale(scale: Scale, h_reconstruct: bool) -> None:
+    if not h_reconstruct:
+        raise InputError("loss_scale weighs a decoder's loss: it needs h_reconstruct")
+    if len(scale) != 4 or not all(_is_real(x) and 0 <= x < math.inf for x in scale):
+        raise InputError(f"loss_scale must be four numbers of at least 0, not {scale}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

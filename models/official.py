@@ -1,0 +1,76 @@
+"""The authors' checkpoint format: which of their names is which of ours.
+
+    conv1, bn1, layer{stage}.{block}, fc             backbone
+    aux_classifier_{stage}_{block}.head              auxiliary head of the module that ends there
+    decoder_{stage}_{block}.decoder                  its decoder
+    cont_sup_node.encoder_{cut}.encoder              context encoder of the image
+    cont_sup_node.resencoder_{cut}_{s}.encoder       context encoder of window position s
+
+A saved checkpoint puts `module.` before every name.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from models.network import ContSupNetwork, LocalModule
+
+SAVED_PREFIX = "module."
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def official_names(network: ContSupNetwork) -> dict[str, str]:
+    """Name in `network.state_dict()` -> name in the authors' format, without `module.`."""
+    prefixes = {
+        f"local_modules.{index}.{ours}": theirs
+        for index, module in enumerate(network.local_modules)
+        for ours, theirs in _prefixes(index, module, last=index == len(network.local_modules) - 1)
+    }
+    names = {}
+    for name in network.state_dict():
+        ours = next(prefix for prefix in prefixes if name.startswith(prefix))
+        names[name] = prefixes[ours] + name.removeprefix(ours)
+    return names
+
+
+def _prefixes(index: int, module: LocalModule, last: bool) -> Iterator[tuple[str, str]]:
+    for position, (stage, block) in enumerate(module.unit_names):
+        yield f"units.{position}.", "" if stage == 0 else f"layer{stage}.{block}."
+    for name in module.context:
+        kind, _, s = name.partition("_")
+        encoder = f"resencoder_{index - 1}_{s}" if kind == "recent" else f"encoder_{index - 1}"
+        yield f"context.{name}.", f"cont_sup_node.{encoder}.encoder."
+    stage, block = module.unit_names[-1]
+    yield ("head.2.", "fc.") if last else ("head.", f"aux_classifier_{stage}_{block}.head.")
+    yield "decoder.", f"decoder_{stage}_{block}.decoder."
+
+
+def is_official(state_dict: dict[str, Tensor]) -> bool:
+    """Whether the names are the authors' and not this project's."""
+    return "conv1.weight" in state_dict or f"{SAVED_PREFIX}conv1.weight" in state_dict
+
+
+def from_official(network: ContSupNetwork, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official entries that `network` has a name for, under that name; the rest is skipped.
+
+    The release also saves encoders and decoders that its run never used.
+    """
+    bare = {name.removeprefix(SAVED_PREFIX): value for name, value in entries.items()}
+    return {
+        ours: bare[theirs] for ours, theirs in official_names(network).items() if theirs in bare
+    }
+
+
+def official_momentum(
+    state_dict: dict[str, Tensor], optimizer: dict[str, dict]
+) -> dict[str, Tensor]:
+    """Momentum of the release's one SGD by official parameter name.
+
+    It numbers the parameters in the order of the state dict, buffers left out.
+    """
+    parameters = [name for name in state_dict if not name.endswith(BUFFERS)]
+    return {
+        parameters[number]: state["momentum_buffer"]
+        for number, state in optimizer["state"].items()
+        if state.get("momentum_buffer") is not None
+    }

@@ -1,0 +1,215 @@
+"""The command line of train.py: options, their types and defaults."""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable
+
+from configs import DATASETS, InputError
+from losses import LOCAL_LOSSES
+from models.checkpoint import Checkpoint, read_checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest option for a typo."""
+
+    def error(self, message: str) -> None:
+        """Exit with status 2."""
+        typo = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
+        near = typo and difflib.get_close_matches(typo[1], self._option_string_actions, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}{hint}\n")
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says each option's default, but where it is None: there the help text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default is not None else action.help
+
+
+def boolean(text: str) -> bool:
+    """`True` or `False`, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    """A type for whole numbers from `at_least` up."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text) or int(text) < at_least:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of {at_least} or more"
+            )
+        return int(text)
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def device_name(text: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    return text
+
+
+def label(text: str) -> str:
+    """Part of a folder's name."""
+    if not re.fullmatch(r"[\w.+-]{1,64}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no part of a folder's name (letters, digits and _ . + -, 64 at most)"
+        )
+    return text
+
+
+# fmt: off
+def build_parser() -> Parser:
+    """All options with their defaults; None where the data set or another option decides."""
+    parser = Parser(
+        description="Greedy local learning with context supply (ContSup, arXiv 2312.07636).",
+        epilog="Options that are on or off take nothing, True or False.",
+        formatter_class=Defaults,
+        allow_abbrev=False,
+    )
+    switch = {"nargs": "?", "const": True, "default": False, "type": boolean, "metavar": "BOOL"}
+
+    method = parser.add_argument_group("method")
+    add = method.add_argument
+    add("--model", choices=["resnet"], default="resnet", help="backbone")
+    add("--layers", type=whole(1), default=32, metavar="N", help="depth, 6n+2")
+    add("--local_module_num", type=whole(1), default=1, metavar="K",
+        help="number of local modules; 1 trains end to end")
+    add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="cross_entropy",
+        help="loss of the auxiliary heads")
+    add("--context_mode", default="R0", metavar="MODE",
+        help="Rn: the n latest module inputs (R0: no context), E: the image, RnE: both")
+    add("--balanced_memory", **switch, help="the published memory-balanced cuts")
+    add("--h_reconstruct", **switch, help="a decoder at each cut, trained to reconstruct the image")
+    add("--loss_scale", nargs=4, type=float, metavar=("IXX_1", "IXY_1", "IXX_2", "IXY_2"),
+        help="weights of reconstruction and task loss in the first and the last module that "
+        "has a decoder (default: the published row)")
+    add("--aux_net_config", default="1c2f", metavar="AcBf",
+        help="auxiliary head of A convs and B linear layers")
+    add("--aux_net_widen", type=positive, default=1.0, metavar="W",
+        help="widens auxiliary nets and context encoders")
+    add("--aux_net_feature_dim", type=whole(1), default=128, metavar="F",
+        help="width of an auxiliary head's hidden linear layers and of its embedding")
+    add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the blocks")
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits", help="folder: images of your own")
+    add("--data_dir", default="data", metavar="DIR",
+        help="where the data are or are downloaded to; of folder: holds train/<class>/* and "
+        "test/<class>/*")
+    add("--image_size", type=whole(8), metavar="S",
+        help="side that the images of folder are resized to (default: 32)")
+    add("--limit_per_class", type=whole(1), metavar="N",
+        help="train on the first N images of each class (default: all)")
+    add("--no-augment", **switch, help="no crop, no flip")
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--epochs", type=whole(1), default=160, metavar="N", help="how often over the data")
+    add("--batch_size", type=whole(2), metavar="N",
+        help="samples a step (default: 1024; 128 for stl10 and digits)")
+    add("--lr", type=positive, metavar="LR",
+        help="highest learning rate (default: 0.8; 0.1 for stl10 and digits)")
+    add("--cos_lr", **(switch | {"default": True}),
+        help="cosine schedule; without it the rate falls to a tenth after 1/2 and after 3/4 of the "
+        "epochs")
+    add("--no-cos_lr", dest="cos_lr", action="store_false", default=argparse.SUPPRESS,
+        help="the same as --cos_lr False")
+    add("--warmup_epochs", type=whole(0), metavar="N",
+        help="epochs that the rate rises from 0.01 (default: epochs/16, rounded up; 0 with "
+        "--no-cos_lr)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random")
+
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--device", type=device_name, default="auto", metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N")
+    add("--output_dir", metavar="DIR",
+        help="run folder (default: runs/<name made of the options>)")
+    add("--name", type=label, help="goes into the name of the run folder (default: none)")
+    add("--no", type=label, default="1", metavar="INDEX",
+        help="index of the experiment; goes into the name of the run folder")
+    add("--checkpoint", default=".", metavar="DIR",
+        help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
+    add("--resume", metavar="CKPT",
+        help="continue from a checkpoint of this project (with its options, where no others are "
+        "given) or of the authors' release")
+    add("--evaluate", metavar="CKPT", help="print the test error of such a checkpoint, and end")
+    add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
+        help="steps between two lines of output")
+    return parser
+# fmt: on
+
+
+NETWORK_OPTIONS = (
+    "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset", "image_size",
+    "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
+    "aux_net_feature_dim", "droprate",
+)  # fmt: skip
+"""Options that are arguments of `build_network`."""
+
+NOT_OF_THE_RUN = ("resume", "evaluate", "output_dir", "device", "print_freq")
+"""Options that say how and where to run, not what: a checkpoint does not hold them."""
+
+NOT_OF_THE_LEARNING = (*NOT_OF_THE_RUN, "data_dir", "checkpoint", "name", "no")
+"""Options that may differ between a run and its continuation."""
+
+
+def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None]:
+    """Options, complete, and the checkpoint that they name.
+
+    The options that a checkpoint holds stand before those of the command line, as if typed.
+    """
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.resume and options.evaluate:
+        raise InputError("--resume continues a run and --evaluate trains none: give one of them")
+    checkpoint = None
+    if options.resume or options.evaluate:
+        checkpoint = read_checkpoint(options.resume or options.evaluate)
+        options = parser.parse_args(as_arguments(checkpoint.options) + argv)
+    return fill_in(options), checkpoint
+
+
+def as_arguments(options: dict[str, object]) -> list[str]:
+    """Options as they would be typed."""
+    arguments = []
+    for name, value in options.items():
+        if value is not None:
+            dashed = f"--{name.replace('_', '-')}" if name == "no_augment" else f"--{name}"
+            arguments += (
+                [dashed, *map(str, value)] if isinstance(value, list) else [f"{dashed}={value}"]
+            )
+    return arguments
+
+
+def fill_in(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with the defaults that depend on the data set or on each other."""
+    data = DATASETS[options.dataset]
+    defaults = {
+        "image_size": data.image_size,
+        "batch_size": data.batch_size,
+        "lr": data.lr,
+        "warmup_epochs": math.ceil(options.epochs / 16) if options.cos_lr else 0,
+    }
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**(vars(options) | defaults | given))

@@ -1,0 +1,164 @@
+"""A run's folder: config.json, metrics.jsonl, TensorBoard events, checkpoints, summary.json."""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+
+from configs import InputError, one_line
+from models.checkpoint import Checkpoint
+from options import NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, TensorBoard events, checkpoints and summary.json of one run."""
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        self.path = path
+        self.options = {k: v for k, v in vars(options).items() if k not in NOT_OF_THE_RUN}
+        self.checkpoint = path / options.checkpoint / "checkpoint.pt"
+        self.best = path / options.checkpoint / "model_best.pt"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.json"
+        self.summary = path / "summary.json"
+
+    def check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
+        """InputError if training here would overwrite or mix up an earlier run.
+
+        Args:
+            resumed, checkpoint: file and contents of what the run continues from, if it does.
+        """
+        elsewhere = "choose another --output_dir, --name or --no"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file, so it can't be the run folder: {elsewhere}")
+        kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
+        if not kept:
+            return
+        what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
+        if not self.checkpoint.exists():
+            raise InputError(f"{what} without a checkpoint to continue from: {elsewhere}")
+        if resumed is None:
+            how = "continue it with" if self.summary not in kept else "look at it with"
+            option = "--resume" if self.summary not in kept else "--evaluate"
+            raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {elsewhere}")
+        if not Path(resumed).samefile(self.checkpoint):
+            raise InputError(f"{what} that {resumed} is not the state of: {elsewhere}")
+        changed = [
+            f"{name} {checkpoint.options.get(name)}, now {value}"
+            for name, value in self.options.items()
+            if name not in NOT_OF_THE_LEARNING and checkpoint.options.get(name) != value
+        ]
+        if changed:
+            raise InputError(f"{what} of other options ({'; '.join(changed)}): {elsewhere}")
+
+    def open(self, epochs_done: int) -> None:
+        """Make the folder; of a run that goes on, keep the metrics of the epochs done."""
+        lines = [json.dumps(m) + "\n" for m in self.read_metrics() if m["epoch"] <= epochs_done]
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, json.dumps(self.options, indent=2) + "\n")
+            write_text(self.metrics, "".join(lines))
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {self.path}: {one_line(error)}"
+            ) from error
+        self.events = SummaryWriter(str(self.path), purge_step=epochs_done + 1)
+
+    def read_metrics(self) -> list[dict]:
+        """One dict an epoch; a line that was cut off is left out."""
+        metrics = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                metrics.append(json.loads(line))
+        return metrics
+
+    def add_epoch(self, metrics: dict) -> None:
+        """Append to metrics.jsonl and TensorBoard."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        epoch = metrics["epoch"]
+        for name, value in metrics.items():
+            values = value if isinstance(value, list) else [value]
+            for index, number in enumerate(values):
+                if number is not None and name != "epoch":
+                    tag = f"{name}/module_{index:02}" if isinstance(value, list) else name
+                    self.events.add_scalar(tag, number, epoch)
+        self.events.flush()
+
+    def add_summary(
+        self, best_error: float, peak_memory_how: str, parameters: dict[str, int]
+    ) -> dict:
+        """Close the events; write and return summary.json; errors in percent, memory in bytes."""
+        self.events.close()
+        metrics = self.read_metrics()
+        summary = {
+            "error_last": metrics[-1]["test_error"],
+            "error_best": best_error,
+            "peak_memory_bytes": max(m["peak_memory_bytes"] for m in metrics),
+            "peak_memory_how": peak_memory_how,
+            "samples_per_second": statistics.harmonic_mean(
+                m["samples_per_second"] for m in metrics
+            ),
+            "parameters": parameters,
+            "epochs": metrics[-1]["epoch"],
+            "seed": self.options["seed"],
+            "config": self.options,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+            },
+        }
+        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """--output_dir, else the folder that a resumed run has, else one named by the options."""
+    if options.output_dir:
+        return Path(options.output_dir)
+    if options.resume:
+        kept_in = Path(options.resume).absolute().parent
+        for folder in (kept_in, *kept_in.parents):
+            checkpoints = folder / options.checkpoint
+            if (folder / "config.json").exists() and checkpoints.resolve() == kept_in.resolve():
+                return folder
+    return Path("runs") / run_name(options)
+
+
+def run_name(options: argparse.Namespace) -> str:
+    """Name of a run folder: net, data, method, each option that is not the usual one, index."""
+    parts = [
+        options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
+        options.context_mode, options.local_loss_mode,
+    ]  # fmt: skip
+    in_parts = ("dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode")
+    typed = ["--dataset", options.dataset, "--epochs", str(options.epochs)]
+    usual = fill_in(build_parser().parse_args([*typed, "--cos_lr", str(options.cos_lr)]))
+    usual.epochs, usual.cos_lr = 160, True
+    for option, value in vars(options).items():
+        if option in in_parts or option in NOT_OF_THE_LEARNING or value == vars(usual)[option]:
+            continue
+        values = value if isinstance(value, list) else [value]
+        parts.append("-".join([option, *map(str, values)]) if value is not True else option)
+    return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; an earlier one of that name stays until the new one is complete."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _holds(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

@@ -1,0 +1,345 @@
+"""Train a ResNet by greedy local learning with context supply (ContSup, arXiv 2312.07636).
+
+python train.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mode E
+
+From top to bottom: an epoch of training, an evaluation, what is printed, and `run`, which goes
+through it all: options, network, data, loop.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import DATASETS, InputError, one_line
+from dataloaders import Batches, count_classes, epoch_generator, load_dataset
+from memory import PeakMemory, readable
+from models import ContSupNetwork, build_network
+from models.checkpoint import (
+    Checkpoint,
+    load_momentum,
+    load_weights,
+    momentum_by_name,
+    save_checkpoint,
+)
+from options import NETWORK_OPTIONS, read_options
+from run_folder import RunFolder, run_folder
+
+# ---------------------------------------------------------------------------------------------
+# One epoch
+
+
+def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
+    """Learning rate of epoch 1 .. epochs (README, equation 11): a warm-up from 0.01, then a
+    cosine to 0 at the last epoch, or steps to a tenth after half and three quarters of them.
+    """
+    if cosine:
+        rate = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+    else:
+        rate = lr * 0.1 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
+    if epoch <= warmup_epochs:
+        done = (epoch - 1) / warmup_epochs
+        rate = rate * done + min(0.01, lr) * (1 - done)
+    return rate
+
+
+class Totals:
+    """Each module's loss and wrong answers, summed over an epoch.
+
+    The sums stay on the device: adding to them does not wait for it, reading them does.
+    """
+
+    def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
+        self.modules = network.local_modules
+        self.samples = 0
+        self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
+        self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
+
+    def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
+        """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
+        self._losses[index] += loss * len(targets)
+        if self.modules[index].classifies:
+            self._wrong[index] += (output.argmax(dim=1) != targets).sum()
+        if index == len(self.modules) - 1:
+            self.samples += len(targets)
+
+    def losses(self) -> list[float]:
+        """Mean loss of each module."""
+        return (self._losses / self.samples).tolist()
+
+    def errors(self) -> list[float | None]:
+        """Error rate of each module's head in percent; None where it does not classify."""
+        errors = (100 * self._wrong / self.samples).tolist()
+        return [e if m.classifies else None for e, m in zip(errors, self.modules, strict=True)]
+
+
+def train_one_epoch(
+    network: ContSupNetwork,
+    optimizers: list[torch.optim.SGD],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    peak: PeakMemory,
+    report: Callable[[int, Totals], None],
+) -> Totals:
+    """One pass over `batches`; `report(step, totals)` is called after each step, from 1."""
+    network.train()
+    totals = Totals(network, peak.device)
+    for step, (images, targets) in enumerate(batches, start=1):
+        alive = partial(tensors_alive, network, optimizers, images, targets)
+        with peak.step(len(targets), alive):
+            for index, local in enumerate(network.local_steps(images, targets)):
+                optimizers[index].step()
+                optimizers[index].zero_grad(set_to_none=True)
+                totals.add(index, local.loss, local.output, targets)
+        report(step, totals)
+    return totals
+
+
+@torch.no_grad()
+def evaluate(
+    network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Totals:
+    """Cross entropy and error of every head that classifies; the last one's count as the test's."""
+    network.eval()
+    totals = Totals(network, device)
+    for images, targets in batches:
+        for index, (module, h_out) in enumerate(network.features(images)):
+            if module.classifies:
+                output = module.head(h_out)
+                totals.add(index, F.cross_entropy(output, targets), output, targets)
+    return totals
+
+
+def tensors_alive(
+    network: ContSupNetwork, optimizers: list[torch.optim.SGD], *batch: Tensor
+) -> list[Tensor]:
+    """What exists before a step: weights, statistics, momentum and the batch."""
+    momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    kept = [*network.parameters(), *network.buffers(), *momentum, *batch]
+    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------
+# For people
+
+
+class Progress:
+    """A bar on a terminal, a line every `print_freq` steps elsewhere."""
+
+    def __init__(self, epoch: int, epochs: int, steps: int, print_freq: int) -> None:
+        self.title = f"epoch {epoch:3}/{epochs}"
+        self.steps, self.print_freq = steps, print_freq
+        self.bar = tqdm(total=steps, desc=self.title, leave=False) if sys.stdout.isatty() else None
+
+    def __call__(self, step: int, totals: Totals) -> None:
+        """Show that `step`, from 1, is done; losses are read only where they are shown."""
+        if self.bar is not None:
+            self.bar.update()
+        if step % self.print_freq and step != self.steps:
+            return
+        losses = totals.losses()
+        text = f"loss {losses[-1]:.4f}, mean of the local losses {statistics.mean(losses):.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f"{self.title}  step {step:4}/{self.steps}  {text}", flush=True)
+        if step == self.steps and self.bar is not None:
+            self.bar.close()
+
+
+def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
+    """What is to be trained, in three lines."""
+    loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
+    cuts = [list(module.unit_names[-1]) for module in network.local_modules[:-1]]
+    counts = [f"{name} {n:,}" for name, n in network.parameter_counts().items()]
+    print(f"ResNet-{options.layers} on {options.dataset}: K={options.local_module_num}, "
+          f"context {options.context_mode}, {loss}")  # fmt: skip
+    print("cuts after [stage, block]:", *(cuts or ["none"]))
+    print("parameters:", ", ".join(counts), flush=True)
+
+
+def print_epoch(metrics: dict, epochs: int) -> None:
+    """The figures of an epoch, in two lines; with K > 1 the modules' in two more."""
+    m = metrics
+    print(f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:.4f}"
+          f"  train loss {m['train_loss']:.4f} error {m['train_error']:.2f} %"
+          f"  test loss {m['test_loss']:.4f} error {m['test_error']:.2f} %"
+          f"  {m['samples_per_second']:.0f} samples/s"
+          f"  peak {readable(m['peak_memory_bytes'])}")  # fmt: skip
+    if len(m["local_losses"]) > 1:
+        print("  local loss by module   " + " ".join(f"{x:6.3f}" for x in m["local_losses"]))
+    if len(m["test_errors"]) > 1 and None not in m["test_errors"]:
+        print("  test error by module % " + " ".join(f"{x:6.2f}" for x in m["test_errors"]))
+    sys.stdout.flush()
+
+
+def print_summary(summary: dict, folder: Path) -> None:
+    """How the run ended and where its files are."""
+    print(f"test error {summary['error_last']:.2f} % at the last epoch, "
+          f"{summary['error_best']:.2f} % at the best")  # fmt: skip
+    print(f"peak memory {readable(summary['peak_memory_bytes'])} ({summary['peak_memory_how']})")
+    print(f"run folder {folder}; TensorBoard: tensorboard --logdir {folder}")
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+def run(argv: list[str]) -> None:
+    """Train, or evaluate a checkpoint, as the options say; InputError where they can't be met."""
+    options, checkpoint = read_options(argv)
+    device = choose_device(options.device)
+    data_config = DATASETS[options.dataset]
+
+    torch.manual_seed(options.seed)
+    network = build_network(
+        num_classes=data_config.classes or count_classes(options.data_dir),
+        **{name: getattr(options, name) for name in NETWORK_OPTIONS},
+    ).to(device)
+    if checkpoint is not None:
+        load_weights(network, checkpoint)
+    print_network(network, options)
+
+    if not options.evaluate:
+        folder = RunFolder(run_folder(options), options)
+        folder.check_free(options.resume, checkpoint)
+        if checkpoint is not None and checkpoint.epoch >= options.epochs:
+            tell_finished(folder, options, checkpoint)
+            return
+
+    data = load_dataset(
+        options.dataset, options.data_dir, options.image_size, options.limit_per_class
+    )
+    batches = partial(
+        Batches, data=data_config, batch_size=options.batch_size, device=device, seed=options.seed
+    )
+    test_batches = batches(data.test)
+    if options.evaluate:
+        totals = evaluate(network, test_batches.epoch(0), device)
+        print(f"{options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
+              f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
+              f"after {checkpoint.epoch} epochs")  # fmt: skip
+        return
+
+    train_batches = batches(data.train, augment=not options.no_augment, shuffle=True)
+    try:
+        train(network, options, checkpoint, folder, train_batches, test_batches)
+    except KeyboardInterrupt:
+        how = f"continue with --resume {folder.checkpoint}" if folder.checkpoint.exists() else (
+            "no epoch is complete, so there is nothing to continue from"
+        )  # fmt: skip
+        print(f"\ninterrupted; {how}", file=sys.stderr)
+        sys.exit(130)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here: "
+            "use --device cpu or auto"
+        )
+    return device
+
+
+def train(
+    network: ContSupNetwork,
+    options: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    folder: RunFolder,
+    train_batches: Batches,
+    test_batches: Batches,
+) -> None:
+    """All epochs that are left, from `checkpoint` where there is one, and the summary."""
+    optimizers = [
+        torch.optim.SGD(module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        for module in network.local_modules
+    ]
+    epochs_done, best_error = 0, math.inf
+    if checkpoint is not None:
+        load_momentum(optimizers, network, checkpoint)
+        epochs_done, best_error = checkpoint.epoch, checkpoint.best_error
+    peak = PeakMemory(train_batches.device)
+    folder.open(epochs_done)
+
+    for epoch in range(epochs_done + 1, options.epochs + 1):
+        torch.manual_seed(epoch_generator(options.seed, epoch).initial_seed())  # for dropout
+        lr = learning_rate(epoch, options.epochs, options.lr, options.warmup_epochs, options.cos_lr)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+
+        start = time.perf_counter()
+        progress = Progress(epoch, options.epochs, len(train_batches), options.print_freq)
+        trained = train_one_epoch(network, optimizers, train_batches.epoch(epoch), peak, progress)
+        local_losses, train_errors = trained.losses(), trained.errors()
+        seconds = time.perf_counter() - start
+        tested = evaluate(network, test_batches.epoch(0), peak.device)
+        test_errors = tested.errors()
+
+        metrics = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": local_losses[-1],
+            "train_error": train_errors[-1],
+            "local_losses": local_losses,
+            "train_errors": train_errors,
+            "test_loss": tested.losses()[-1],
+            "test_error": test_errors[-1],
+            "test_errors": test_errors,
+            "samples_per_second": trained.samples / seconds,
+            "peak_memory_bytes": peak.bytes,
+        }
+        folder.add_epoch(metrics)
+        print_epoch(metrics, options.epochs)
+        is_best = test_errors[-1] < best_error
+        best_error = min(best_error, test_errors[-1])
+        state = Checkpoint(
+            epoch=epoch,
+            state_dict=network.state_dict(),
+            momentum=momentum_by_name(optimizers, network),
+            best_error=best_error,
+            options=folder.options,
+        )
+        if is_best:
+            save_checkpoint(folder.best, state)
+        save_checkpoint(folder.checkpoint, state)
+
+    print_summary(folder.add_summary(best_error, peak.how, network.parameter_counts()), folder.path)
+
+
+def tell_finished(folder: RunFolder, options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Say that the run is finished; InputError if it is another run that has nothing to do."""
+    if not folder.summary.exists():
+        raise InputError(
+            f"{options.resume} has done {checkpoint.epoch} epochs, so --epochs {options.epochs} "
+            "leaves none to train: give more, or use --evaluate"
+        )
+    print(f"{folder.path} is finished: {checkpoint.epoch} of {options.epochs} epochs are done")
+
+
+def main() -> int:
+    """Exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        run(sys.argv[1:])
+    except InputError as error:
+        print(f"train.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
