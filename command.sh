@@ -32,7 +32,8 @@ case "${1:-}" in
         shift
         prepare
         .venv/bin/python train.py --dataset digits --layers 32 --local_module_num 4 \
-            --context_mode E --epochs 6 --batch_size 64 --name demo "$@"
+            --context_mode E --epochs 9 --batch_size 64 \
+            --output_dir "runs/demo-$(date +%Y%m%d-%H%M%S)" "$@"
         ;;
     test)
         shift

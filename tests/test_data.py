@@ -1,0 +1,326 @@
+"""Reading data sets, and augmentation against plain loops."""
+
+import pickle
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+from torchvision import datasets
+
+import dataloaders
+from configs import DATASETS, InputError
+from dataloaders import Batches, Split, load_dataset
+
+CPU = torch.device("cpu")
+
+
+def random_images(count, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize(("reflect", "mode"), [(True, "reflect"), (False, "constant")])
+def test_padding_is_numpys(reflect, mode):
+    images = random_images(2, 8)
+    expected = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode=mode)
+    assert np.array_equal(dataloaders.pad_images(images, 4, reflect).numpy(), expected)
+
+
+def test_crop_takes_each_window():
+    images = random_images(5, 12)
+    corners = torch.tensor([[0, 0], [4, 4], [0, 4], [3, 1], [2, 2]])
+    expected = [
+        i[:, top : top + 8, left : left + 8]
+        for i, (top, left) in zip(images, corners.tolist(), strict=True)
+    ]
+    assert torch.equal(dataloaders.crop(images, corners, 8), torch.stack(expected))
+
+
+def test_flip_mirrors_the_chosen():
+    images = random_images(3, 4)
+    flipped = dataloaders.flip(images, torch.tensor([True, False, True]))
+    assert torch.equal(flipped[1], images[1])
+    assert np.array_equal(flipped[0].numpy(), images[0].numpy()[:, :, ::-1])
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_normalise_by_hand(name):
+    images = random_images(2, 4)
+    mean, std = {
+        "svhn": ([127.5] * 3, [127.5] * 3),
+        "stl10": ([127.5] * 3, [127.5] * 3),
+        "digits": ([127.5] * 3, [127.5] * 3),
+    }.get(name, ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
+    expected = (images.double() / 255 - torch.tensor(mean)[:, None, None].double() / 255) / (
+        torch.tensor(std)[:, None, None].double() / 255
+    )
+    actual = dataloaders.normalise(images, DATASETS[name])
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_padding_rules_are_the_published_ones():
+    rules = {name: (d.pad, d.reflect, d.flip) for name, d in DATASETS.items()}
+    assert rules["cifar10"] == rules["cifar100"] == rules["folder"] == (4, True, True)
+    assert rules["svhn"] == (2, False, False)
+    assert rules["stl10"] == (4, False, True)
+
+
+def split_of(count, size=8):
+    return Split(random_images(count, size), torch.arange(count))
+
+
+def epoch_of(split, name="cifar10", epoch=1, **options):
+    batches = Batches(split, DATASETS[name], device=CPU, **({"batch_size": 4} | options))
+    images, targets = zip(*batches.epoch(epoch), strict=True)
+    assert len(images) == len(batches)
+    return torch.cat(images), torch.cat(targets), [len(t) for t in targets]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "stl10"])
+def test_augmented_images_are_crops_of_the_padded_ones(name):
+    """Each is one of all the crops, flipped or not, and over 2,000 draws each of them occurs."""
+    data = DATASETS[name]
+    split = Split(random_images(1, 6).repeat(2000, 1, 1, 1), torch.zeros(2000, dtype=torch.long))
+    images, _, _ = epoch_of(split, name, augment=True, shuffle=True, batch_size=512)
+    bytes_ = images * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    found = {i.numpy().round().astype(np.uint8).tobytes() for i in bytes_}
+    mode = "reflect" if data.reflect else "constant"
+    pad = data.pad
+    padded = np.pad(split.images[0].numpy(), ((0, 0), (pad, pad), (pad, pad)), mode=mode)
+    possible = set()
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            window = padded[:, top : top + 6, left : left + 6]
+            possible.add(window.tobytes())
+            if data.flip:
+                possible.add(window[:, :, ::-1].tobytes())
+    assert found == possible
+
+
+def test_an_epoch_has_every_sample_once_and_keeps_the_last_batch():
+    _, targets, sizes = epoch_of(split_of(10), shuffle=True)
+    assert sizes == [4, 4, 2]
+    assert sorted(targets.tolist()) == list(range(10))
+    assert targets.tolist() != list(range(10))
+
+
+def test_test_batches_are_plain_and_in_order():
+    split = split_of(10)
+    images, targets, _ = epoch_of(split)
+    assert targets.tolist() == list(range(10))
+    assert torch.equal(images, dataloaders.normalise(split.images, DATASETS["cifar10"]))
+
+
+def test_what_is_random_depends_on_seed_and_epoch_alone():
+    split = split_of(50)
+
+    def draw(**options):
+        return epoch_of(split, augment=True, shuffle=True, **options)[:2]
+
+    first = draw(seed=3, epoch=2)
+    for same in (draw(seed=3, epoch=2), draw(seed=3, epoch=2, batch_size=17)):
+        assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    for other in (draw(seed=3, epoch=3), draw(seed=2, epoch=3), draw(seed=2, epoch=2)):
+        assert not torch.equal(first[1], other[1])
+
+
+def test_limit_keeps_the_first_of_each_class_in_file_order():
+    targets = torch.tensor([2, 0, 2, 1, 0, 2, 0])
+    assert dataloaders.first_of_each_class(targets, 2).tolist() == [0, 1, 2, 3, 4]
+    assert dataloaders.first_of_each_class(targets, None).tolist() == list(range(7))
+
+
+# digits
+
+
+def test_digits():
+    data = load_dataset("digits", "unused", 32)
+    assert data.train.images.shape == (1437, 3, 32, 32)
+    assert data.test.images.shape == (360, 3, 32, 32)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.images.max() == 255
+    counts = data.train.targets.bincount() / (
+        data.train.targets.bincount() + data.test.targets.bincount()
+    )
+    assert torch.all((counts - 0.8).abs() < 0.01)
+    assert not {i.numpy().tobytes() for i in data.train.images} & {
+        i.numpy().tobytes() for i in data.test.images
+    }
+    limited = load_dataset("digits", "unused", 32, limit_per_class=3)
+    assert limited.train.targets.bincount().tolist() == [3] * 10
+    assert len(limited.test.targets) == 360
+
+
+def test_image_size_is_for_folder_alone():
+    with pytest.raises(InputError, match="digits has images of 32x32"):
+        load_dataset("digits", "unused", 48)
+
+
+# torchvision's data sets, from small files in their own formats
+
+
+def rows(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar(tmp_path, monkeypatch, name, classes):
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    folder = tmp_path / dataset.base_folder
+    folder.mkdir()
+    key = "labels" if name == "cifar10" else "fine_labels"
+    written = {}
+    for i, (file, _) in enumerate(dataset.train_list + dataset.test_list):
+        written[file] = {"data": rows(2, i), key: [i % classes, (i + 1) % classes]}
+        (folder / file).write_bytes(pickle.dumps(written[file]))
+    names = {dataset.meta["key"]: [f"class {i}" for i in range(classes)]}
+    (folder / dataset.meta["filename"]).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(dataset, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+
+    data = load_dataset(name, tmp_path, 32)
+
+    train = [written[file] for file, _ in dataset.train_list]
+    expected = np.concatenate([part["data"] for part in train]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(data.train.images.numpy(), expected)
+    assert data.train.targets.tolist() == [label for part in train for label in part[key]]
+    assert len(data.test.targets) == 2
+    assert data.classes == names[dataset.meta["key"]]
+
+
+def test_svhn(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    for part in ("train", "test"):
+        mat = {"X": images, "y": np.array([[10], [1], [2], [9]])}  # 10 stands for the digit 0
+        scipy.io.savemat(tmp_path / f"{part}_32x32.mat", mat)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *args: True)
+    monkeypatch.setattr(datasets.SVHN, "download", lambda self: None)
+
+    data = load_dataset("svhn", tmp_path, 32)
+
+    assert np.array_equal(data.train.images.numpy(), images.transpose(3, 2, 0, 1))
+    assert data.train.targets.tolist() == [0, 1, 2, 9]
+
+
+def test_stl10(tmp_path, monkeypatch):
+    folder = tmp_path / datasets.STL10.base_folder
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
+    for part in ("train", "test"):
+        images.transpose(0, 1, 3, 2).tofile(folder / f"{part}_X.bin")  # stored by columns
+        np.array([1, 10, 2], dtype=np.uint8).tofile(folder / f"{part}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(f"c{i}" for i in range(10)))
+    monkeypatch.setattr(datasets.STL10, "download", lambda self: None)
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+
+    data = load_dataset("stl10", tmp_path, 96)
+
+    assert np.array_equal(data.train.images.numpy(), images)
+    assert data.train.targets.tolist() == [0, 9, 1]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
+def test_no_network_is_said_in_one_line(tmp_path, monkeypatch, name):
+    def refuse(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(InputError, match=r"could not be downloaded .*no route to host") as caught:
+        load_dataset(name, tmp_path / "data", DATASETS[name].image_size)
+    assert "\n" not in str(caught.value)
+
+
+# folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "ant", "bee"):
+            where = tmp_path / part / name
+            where.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(where / f"{i}.png")
+    return tmp_path
+
+
+def test_folder(folder):
+    (folder / "train" / "ant" / "notes.txt").write_text("not an image")
+    (folder / "train" / "readme.md").write_text("not a class")
+    data = load_dataset("folder", folder, 32)
+    assert data.classes == ["ant", "bee", "cat"]
+    assert data.train.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.test.targets.tolist() == [0, 0, 1, 1, 2, 2]
+    with Image.open(folder / "train" / "bee" / "1.png") as image:
+        assert np.array_equal(data.train.images[4].permute(1, 2, 0).numpy(), np.array(image))
+    assert dataloaders.count_classes(folder) == 3
+
+
+def test_folder_limits_the_training_images_only(folder):
+    data = load_dataset("folder", folder, 32, limit_per_class=1)
+    full = load_dataset("folder", folder, 32)
+    assert torch.equal(data.train.images, full.train.images[[0, 3, 6]])
+    assert len(data.test.targets) == 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "rgb"),
+    [("L", 7, (7, 7, 7)), ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("1", 1, (255, 255, 255))],
+)
+def test_folder_converts_to_rgb_and_resizes(folder, mode, pixel, rgb):
+    Image.new(mode, (50, 20), pixel).save(folder / "train" / "ant" / "0.png")
+    image = load_dataset("folder", folder, 16).train.images[0]
+    assert image.shape == (3, 16, 16)
+    assert torch.equal(image, torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
+
+
+def remove(path):
+    for item in sorted(path.rglob("*"), reverse=True):
+        item.unlink() if item.is_file() else item.rmdir()
+    path.rmdir()
+
+
+def test_folder_missing(tmp_path):
+    with pytest.raises(InputError, match=r"no images to train on in .*train/<class>"):
+        load_dataset("folder", tmp_path / "nowhere", 32)
+
+
+def test_folder_without_test_images(folder):
+    remove(folder / "test")
+    with pytest.raises(InputError, match=r"no images to train on in .*test"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_with_an_empty_class(folder):
+    for image in (folder / "train" / "bee").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match="bee"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_with_other_classes_in_test(folder):
+    (folder / "test" / "bee").rename(folder / "test" / "wasp")
+    with pytest.raises(InputError, match="same classes, but bee, wasp are only in one"):
+        load_dataset("folder", folder, 32)
+
+
+@pytest.mark.parametrize("contents", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n cut"])
+def test_folder_with_an_unreadable_image(folder, contents):
+    (folder / "test" / "bee" / "1.png").write_bytes(contents)
+    with pytest.raises(InputError, match=r"1\.png is not an image that can be read"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_with_a_truncated_image(folder):
+    path = folder / "train" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"1\.png is not an image that can be read"):
+        load_dataset("folder", folder, 32)

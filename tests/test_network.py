@@ -1,0 +1,300 @@
+"""Structure, context supply and gradient isolation of the networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import losses
+from configs import BALANCED_CUTS, EQUAL_CUTS, InputError, choose_cuts, unit_names
+from models import build_network
+from models.auxiliary import auxiliary_head
+
+MODES = ["R0", "R1", "R3", "E", "R1E", "R2E"]
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    defaults = {"layers": 14, "local_module_num": 4, "image_size": 12}
+    return build_network(**(defaults | options)).double()
+
+
+def tiny_batch(count=6, size=12):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def plain_forward(network, mode, x):
+    """h_out of each module by the method's text: a window of n slots, nothing detached."""
+    n = int(mode.strip("RE") or 0)
+    window = [None] * n
+    if n and "E" not in mode:
+        window[0] = x
+    h, outputs = x, []
+    for index, module in enumerate(network.local_modules):
+        if index:
+            size = h.shape[-1]
+            total = h
+            if "E" in mode:
+                conv1, bn1, _, conv2, bn2, _ = module.context["image"]
+                context = F.relu(bn2(conv2(F.relu(bn1(conv1(x))))))
+                total = total + F.adaptive_avg_pool2d(context, size)
+            for s, source in enumerate(window):
+                if source is not None:
+                    conv, bn, _ = module.context[f"recent_{s}"]
+                    total = total + F.adaptive_avg_pool2d(F.relu(bn(conv(source))), size)
+            h = total
+            window = [h, *window][:n]
+        h = module.units(h)
+        outputs.append(h)
+    return outputs
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+def test_step_is_the_gradient_of_each_modules_own_loss(mode, loss):
+    """Isolation changes no gradient of a module's own loss in its own parameters.
+
+    So autograd through the plain, undetached forward is the truth; what it would send to
+    earlier modules must not be in `.grad`.
+    """
+    network = tiny(context_mode=mode, local_loss_mode=loss)
+    images, targets = tiny_batch()
+    expected_losses, expected = [], {}
+    for module, h_out in zip(
+        network.local_modules, plain_forward(network, mode, images), strict=True
+    ):
+        last = module is network.local_modules[-1]
+        task = losses.supervised_contrastive if loss == "contrast" and not last else F.cross_entropy
+        value = task(module.head(h_out), targets)
+        own = list(module.parameters())
+        expected_losses.append(value.detach())
+        expected |= dict(zip(own, torch.autograd.grad(value, own, retain_graph=True), strict=True))
+
+    logits, local_losses = network.local_step(images, targets)
+
+    torch.testing.assert_close(local_losses, expected_losses, rtol=1e-12, atol=1e-12)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[parameter], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: n + m
+        )
+    assert len(expected) == len(list(network.parameters()))
+    assert not logits.requires_grad
+
+
+def test_after_backward_comes_when_a_modules_gradients_are_there():
+    network = tiny(context_mode="R1E", h_reconstruct=True, loss_scale=(1, 1, 1, 1))
+    seen = []
+
+    def after_backward(module):
+        seen.append(module)
+        for m in network.local_modules:
+            assert all((p.grad is not None) == (m in seen) for p in m.parameters())
+
+    network.local_step(*tiny_batch(), after_backward)
+    assert seen == list(network.local_modules)
+
+
+def test_stepping_a_module_early_does_not_change_the_others():
+    images, targets = tiny_batch()
+    together, early = tiny(context_mode="R1E"), tiny(context_mode="R1E")
+    optimizer = torch.optim.SGD(together.parameters(), lr=0.1)
+    by_module = {m: torch.optim.SGD(m.parameters(), lr=0.1) for m in early.local_modules}
+    together.local_step(images, targets)
+    optimizer.step()
+    early.local_step(images, targets, lambda module: by_module[module].step())
+    for a, b in zip(together.parameters(), early.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_what_is_used_is_built():
+    plain = tiny(context_mode="R0")
+    assert plain.parameter_counts()["context"] == 0
+    assert all(m.decoder is None for m in plain.local_modules)
+    end_to_end = tiny(local_module_num=1, h_reconstruct=True)
+    assert end_to_end.parameter_counts()["auxiliary"] == 0
+    assert [sorted(m.context) for m in tiny(context_mode="R2").local_modules] == [
+        [], ["recent_0"], ["recent_0", "recent_1"], ["recent_0", "recent_1"],
+    ]  # fmt: skip
+    assert [sorted(m.context) for m in tiny(context_mode="R2E").local_modules] == [
+        [], ["image"], ["image", "recent_0"], ["image", "recent_0", "recent_1"],
+    ]  # fmt: skip
+
+
+def test_parameter_counts_by_hand():
+    # ResNet-8, 2 modules, E: cut after [1, 0], so 16 channels enter module 1.
+    network = build_network(layers=8, local_module_num=2, context_mode="E", h_reconstruct=True,
+                            loss_scale=(1, 1, 1, 1))  # fmt: skip
+    bn = lambda c: 2 * c  # noqa: E731
+    stage1 = 2 * (9 * 16 * 16 + bn(16))
+    stage2 = 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32 + 3 * bn(32)
+    stage3 = 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64 + 3 * bn(64)
+    stem, head = 27 * 16 + bn(16), 64 * 10 + 10
+    encoder = (27 * 12 + 12 + bn(12)) + (9 * 12 * 16 + 16 + bn(16))
+    aux = (9 * 16 * 32 + bn(32)) + (32 * 128 + 128) + (128 * 10 + 10)
+    decoder = (9 * 16 * 12 + 12 + bn(12)) + (9 * 12 * 3 + 3)
+    assert network.parameter_counts() == {
+        "backbone": stem + stage1 + stage2 + stage3 + head,
+        "context": encoder,
+        "auxiliary": aux + decoder,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "widen", "convs", "linears"),
+    [
+        ("0c1f", 1, [], [(16, 7)]),
+        ("0c2f", 1, [], [(16, 128), (128, 7)]),
+        ("1c1f", 1, [(16, 32, 2)], [(32, 7)]),
+        ("1c2f", 1, [(16, 32, 2)], [(32, 128), (128, 7)]),
+        ("1c3f", 1, [(16, 32, 2)], [(32, 128), (128, 128), (128, 7)]),
+        ("2c2f", 1, [(16, 32, 2), (32, 32, 1)], [(32, 128), (128, 7)]),
+        ("2c2f", 0.3, [(16, 9, 2), (9, 9, 1)], [(9, 38), (38, 7)]),
+    ],
+)
+def test_auxiliary_head_layers_by_hand(config, widen, convs, linears):
+    head = auxiliary_head(16, 7, config, widen, 128)
+    found = [(c.in_channels, c.out_channels, c.stride[0]) for c in head if isinstance(c, nn.Conv2d)]
+    assert found == convs
+    assert [(x.in_features, x.out_features) for x in head if isinstance(x, nn.Linear)] == linears
+
+
+@pytest.mark.parametrize(("channels", "width", "stride"), [(16, 32, 2), (32, 64, 2), (64, 64, 1)])
+def test_auxiliary_head_width_and_stride_follow_the_channels(channels, width, stride):
+    conv = auxiliary_head(channels, 10)[0]
+    assert (conv.out_channels, conv.stride, conv.bias) == (width, (stride, stride), None)
+
+
+def test_published_cuts_are_cuts():
+    for tables in (EQUAL_CUTS, {(n, K, d): c for (n, d, K), c in BALANCED_CUTS.items()}):
+        for (layers, K, *_), cuts in tables.items():
+            units = unit_names(layers)
+            positions = [units.index(cut) for cut in cuts]
+            assert len(cuts) == K - 1
+            assert positions == sorted(set(positions))
+            assert positions[-1] < len(units) - 1
+
+
+def test_computed_cuts_by_hand():
+    # ResNet-20: 10 units; i = 1, 2, 3 of K = 4 lie after units 2, 5, 7.
+    assert choose_cuts(20, 4, "cifar10") == [(1, 0), (2, 0), (2, 2)]
+    assert choose_cuts(8, 4, "cifar10") == [(0, 0), (1, 0), (2, 0)]
+    assert choose_cuts(32, 5, "cifar10") == [(1, 1), (1, 4), (2, 2), (3, 0)]  # after 3, 6, 9, 12
+    assert choose_cuts(32, 1, "cifar10") == []
+
+
+def test_modules_end_at_their_cuts():
+    network = build_network(layers=32, local_module_num=4, balanced_memory=True)
+    assert [m.unit_names[-1] for m in network.local_modules] == [(1, 2), (1, 4), (2, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_mode": "R1X"}, "unknown context_mode 'R1X'"),
+        ({"context_mode": "RE"}, "unknown context_mode"),
+        ({"context_mode": ""}, "unknown context_mode"),
+        ({"context_mode": "R01"}, "unknown context_mode"),
+        ({"context_mode": "E1"}, "unknown context_mode"),
+        ({"context_mode": "R5"}, "n of Rn may be at most"),
+        ({"local_module_num": 8}, "has 7 units"),
+        ({"local_module_num": 0}, "local_module_num must be a whole number"),
+        ({"local_module_num": 2.0}, "local_module_num must be a whole number"),
+        ({"layers": 15}, "6n\\+2"),
+        ({"layers": 2}, "6n\\+2"),
+        ({"h_reconstruct": True}, "needs loss scales"),
+        ({"loss_scale": (1, 1, 1, 1)}, "needs h_reconstruct"),
+        ({"loss_scale": (1, 1, 1), "h_reconstruct": True}, "four numbers"),
+        ({"loss_scale": (1, 1, 1, math.nan), "h_reconstruct": True}, "four numbers"),
+        ({"balanced_memory": True}, "no balanced cuts are published"),
+        ({"dataset": "cifar"}, "unknown dataset 'cifar'"),
+        ({"local_loss_mode": "softmax"}, "unknown local_loss_mode"),
+        ({"aux_net_config": "1c0f"}, "unknown aux_net_config"),
+        ({"aux_net_config": "3f"}, "unknown aux_net_config"),
+        ({"aux_net_widen": 0.01}, "truncates to 0"),
+        ({"aux_net_widen": -1}, "aux_net_widen must be"),
+        ({"aux_net_feature_dim": 0}, "aux_net_feature_dim"),
+        ({"droprate": 1.0}, "droprate"),
+        ({"droprate": math.nan}, "droprate"),
+        ({"image_size": 3}, "image_size"),
+        ({"num_classes": 0}, "num_classes"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_sentence(options, message):
+    with pytest.raises(InputError, match=message):
+        build_network(**({"layers": 14, "local_module_num": 4} | options))
+
+
+def test_decoder_scales_are_needed_only_where_a_decoder_is():
+    for K in (1, 3):
+        build_network(layers=32, local_module_num=K, dataset="svhn")
+    build_network(layers=32, local_module_num=1, dataset="svhn", h_reconstruct=True)
+    with pytest.raises(InputError, match="svhn with K=2"):
+        build_network(layers=32, local_module_num=2, dataset="svhn", h_reconstruct=True)
+
+
+def test_decoder_trains_on_the_unnormalised_image():
+    network = tiny(dataset="stl10", h_reconstruct=True, loss_scale=(1, 0, 1, 0))
+    pixels = torch.rand(4, 3, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(network.pixels(pixels * 2 - 1), pixels)
+    network = tiny(dataset="cifar10", h_reconstruct=True, loss_scale=(1, 0, 1, 0))
+    black = -torch.tensor([125.3 / 63.0, 123.0 / 62.1, 113.9 / 66.7], dtype=torch.float64)
+    black = black[None, :, None, None].expand(2, 3, 12, 12)
+    torch.testing.assert_close(
+        network.pixels(black), torch.zeros(2, 3, 12, 12, dtype=torch.float64)
+    )
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    network = build_network(layers=32, local_module_num=4, context_mode="E")
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 5000:
+            std = math.sqrt(2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels))
+            assert float(layer.weight.detach().std()) == pytest.approx(std, rel=0.05)
+            assert abs(float(layer.weight.detach().mean())) < std / 20
+        if isinstance(layer, nn.BatchNorm2d):
+            assert torch.equal(layer.weight, torch.ones_like(layer.weight))
+
+
+def test_dropout_acts_in_training_only():
+    network = tiny(droprate=0.5)
+    images, _ = tiny_batch()
+    assert not torch.equal(network(images), network(images))
+    network.eval()
+    assert torch.equal(network(images), network(images))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+@pytest.mark.parametrize(("size", "count"), [(4, 2), (9, 3), (32, 2)])
+def test_float32_any_batch_and_size(mode, loss, size, count):
+    network = build_network(
+        layers=14, local_module_num=7, context_mode=mode, local_loss_mode=loss, image_size=size,
+        h_reconstruct=True, loss_scale=(1, 1, 1, 1),
+    )  # fmt: skip
+    images, targets = torch.randn(count, 3, size, size), torch.randint(0, 10, (count,))
+    logits, local_losses = network.local_step(images, targets)
+    assert logits.shape == (count, 10)
+    assert len(local_losses) == 7
+    assert all(loss.isfinite() for loss in local_losses)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+def test_forward_and_losses_stay_on_the_device(mode, loss):
+    """On fake CUDA tensors, which raise where an operation mixes devices; no GPU is needed."""
+    with FakeTensorMode(), torch.device("cuda"):
+        network = build_network(
+            layers=8, local_module_num=4, context_mode=mode, local_loss_mode=loss, image_size=8,
+            h_reconstruct=True, loss_scale=(1, 1, 1, 1),
+        )  # fmt: skip
+        images, targets = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
+        pixels = network.pixels(images)
+        for module, h_out in network.features(images):
+            value, output = module.loss(h_out, targets, pixels)
+            assert {h_out.device.type, value.device.type, output.device.type} == {"cuda"}

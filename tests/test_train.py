@@ -1,0 +1,584 @@
+"""Runs of train.py from the command line to the files they leave."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import fill
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+import train
+from models.checkpoint import read_checkpoint
+from models.official import official_names
+from options import build_parser, read_options
+from run_folder import run_name
+
+TINY = [
+    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
+    "--batch_size", "16", "--epochs", "3", "--seed", "5", "--device", "cpu",
+]  # fmt: skip
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, with a test split of 40 images."""
+    monkeypatch.chdir(tmp_path)
+    load = train.load_dataset
+
+    def load_less(*args):
+        data = load(*args)
+        return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
+
+    monkeypatch.setattr(train, "load_dataset", load_less)
+
+
+def main(monkeypatch, capsys, *arguments):
+    """Exit status, output lines and error lines of train.py."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    try:
+        status = train.main()
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# What a run leaves
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+def test_a_run_leaves_everything(monkeypatch, capsys, loss):
+    method = ["--context_mode", "R1E", "--local_loss_mode", loss]
+    status, out, err = main(monkeypatch, capsys, *TINY, *method, "--output_dir", "run")
+    assert (status, err) == (0, [])
+
+    metrics = metrics_of("run")
+    assert [m["epoch"] for m in metrics] == [1, 2, 3]
+    assert [m["lr"] for m in metrics] == pytest.approx(
+        [0.01, 0.05 * (1 + math.cos(2 * math.pi / 3)), 0]
+    )
+    for m in metrics:
+        assert len(m["local_losses"]) == 2
+        assert m["train_loss"] == m["local_losses"][-1]
+        assert m["test_error"] == m["test_errors"][-1]
+        assert m["samples_per_second"] > 0
+        assert all(
+            (e is None) == (loss == "contrast") for e in (m["test_errors"][0], m["train_errors"][0])
+        )
+
+    summary = json.loads(Path("run/summary.json").read_text())
+    errors = [m["test_error"] for m in metrics]
+    assert (summary["error_last"], summary["error_best"]) == (errors[-1], min(errors))
+    assert summary["peak_memory_bytes"] == metrics[-1]["peak_memory_bytes"] > 2**20
+    assert "live tensor storage" in summary["peak_memory_how"]
+    assert summary["parameters"].keys() == {"backbone", "context", "auxiliary"}
+    assert (summary["epochs"], summary["seed"]) == (3, 5)
+    assert summary["config"] == json.loads(Path("run/config.json").read_text())
+    assert summary["config"]["context_mode"] == "R1E"
+    assert summary["versions"]["torch"] == torch.__version__
+
+    events = EventAccumulator("run").Reload()
+    assert [e.value for e in events.Scalars("test_error")] == pytest.approx(errors)
+    assert len(events.Scalars("local_losses/module_00")) == 3
+    best = read_checkpoint("run/model_best.pt")
+    assert best.epoch == errors.index(min(errors)) + 1
+    assert any(f"{summary['error_last']:.2f} %" in line for line in out)
+
+
+def test_a_run_can_be_repeated_to_the_bit(monkeypatch, capsys):
+    for folder in ("one", "two"):
+        dropout = ["--droprate", "0.2", "--context_mode", "E"]
+        assert main(monkeypatch, capsys, *TINY, *dropout, "--output_dir", folder)[0] == 0
+    assert_same_state("one/checkpoint.pt", "two/checkpoint.pt")
+
+
+def assert_same_state(a, b):
+    a, b = read_checkpoint(a), read_checkpoint(b)
+    assert a.epoch == b.epoch
+    for x, y in ((a.state_dict, b.state_dict), (a.momentum, b.momentum)):
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_the_training_is_the_plain_loop(monkeypatch, capsys):
+    """Against SGD over the whole network on the sum of the losses, in a loop of its own."""
+    main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--epochs", "2", "--output_dir", "run")
+    torch.manual_seed(5)
+    network = models.build_network(layers=8, local_module_num=2, context_mode="E", dataset="digits")
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    data = train.load_dataset("digits", "unused", 32, 2)
+    batches = train.Batches(
+        data.train, train.DATASETS["digits"], 16, torch.device("cpu"),
+        seed=5, augment=True, shuffle=True,
+    )  # fmt: skip
+    for epoch, lr in ((1, 0.01), (2, 0.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        for images, targets in batches.epoch(epoch):
+            optimizer.zero_grad()
+            network.local_step(images, targets)
+            optimizer.step()
+    state = read_checkpoint("run/checkpoint.pt").state_dict
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(state[name], value)
+
+
+# Resume and evaluate
+
+
+class StopHere(Exception):
+    """Stands for a power cut."""
+
+
+def cut_off_after(monkeypatch, epoch):
+    """Stop a run where epoch `epoch` + 1 is in the metrics but not in a checkpoint."""
+    save = train.save_checkpoint
+
+    def save_or_stop(path, state):
+        if state.epoch > epoch:
+            raise StopHere
+        save(path, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_or_stop)
+    return lambda: monkeypatch.setattr(train, "save_checkpoint", save)
+
+
+def test_resume_gives_what_an_uninterrupted_run_gives(monkeypatch, capsys):
+    arguments = [*TINY, "--context_mode", "R1E", "--droprate", "0.1"]
+    main(monkeypatch, capsys, *arguments, "--output_dir", "whole")
+    undo = cut_off_after(monkeypatch, 2)
+    with pytest.raises(StopHere):
+        main(monkeypatch, capsys, *arguments, "--output_dir", "parts")
+    undo()
+    assert len(metrics_of("parts")) == 3
+    status, _, _ = main(monkeypatch, capsys, "--resume", "parts/checkpoint.pt", "--device", "cpu")
+    assert status == 0
+    assert_same_state("whole/checkpoint.pt", "parts/checkpoint.pt")
+
+    def lasting(metrics):
+        return [{k: v for k, v in m.items() if k != "samples_per_second"} for m in metrics]
+
+    # The meter ran in the first two steps of each part, so its figures agree as well.
+    assert lasting(metrics_of("whole")) == lasting(metrics_of("parts"))
+    assert Path("parts/summary.json").exists()
+
+
+def test_evaluate_prints_the_error_of_the_run(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--output_dir", "run")
+    files = sorted(Path("run").iterdir())
+    status, out, _ = main(monkeypatch, capsys, "--evaluate", "run/checkpoint.pt")
+    assert status == 0
+    assert f"test error {metrics_of('run')[-1]['test_error']:.2f} %" in out[-1]
+    assert sorted(Path("run").iterdir()) == files
+    assert not Path("runs").exists()
+
+
+def official_checkpoint(path, **changes):
+    """A file as the authors' release saves it: K=2 ResNet-8 in E, with parts that it never used."""
+    torch.manual_seed(1)
+    network = models.build_network(layers=8, local_module_num=2, context_mode="E", dataset="digits")
+    names = official_names(network)
+    state = {names[n]: v.clone() for n, v in network.state_dict().items()}
+    shapes = {"decoder_1_0.decoder.0.weight": (12, 16, 3, 3), "decoder_1_0.decoder.0.bias": (12,)}
+    state = {k: torch.tensor(fill.weight(k, s)).float() for k, s in shapes.items()} | state
+    parameters = [n for n in state if not n.endswith(("_mean", "_var", "_tracked"))]
+    momentum = {
+        i: {"momentum_buffer": torch.full_like(state[n], i)}
+        for i, n in enumerate(parameters) if not n.startswith("decoder")
+    }  # fmt: skip
+    contents = {
+        "epoch": 2,
+        "state_dict": {f"module.{n}": v for n, v in state.items()},
+        "best_acc": torch.tensor(93.0),
+        "optimizer": {
+            "state": momentum,
+            "param_groups": [{"params": list(range(len(parameters)))}],
+        },
+        "val_acc": [90.0, 93.0],
+    }
+    torch.save(contents | changes, path)
+    return network, names, parameters
+
+
+def test_official_checkpoint_is_evaluated(monkeypatch, capsys):
+    network, _, _ = official_checkpoint("official.pt")
+    data = train.load_dataset("digits", "unused", 32, None).test
+    images = train.Batches(data, train.DATASETS["digits"], 40, torch.device("cpu"))
+    (images, targets), = images.epoch(0)  # fmt: skip
+    error = 100 * float((network.eval()(images).argmax(1) != targets).double().mean())
+    status, out, _ = main(
+        monkeypatch, capsys, *TINY, "--context_mode", "E", "--evaluate", "official.pt"
+    )
+    assert status == 0
+    assert f"test error {error:.2f} %" in out[-1]
+
+
+def test_official_checkpoint_is_resumed_with_its_momentum(monkeypatch, capsys):
+    network, names, parameters = official_checkpoint("official.pt")
+    checkpoint = read_checkpoint("official.pt")
+    assert (checkpoint.epoch, checkpoint.best_error) == (2, 7.0)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.local_modules]
+    train.load_momentum(optimizers, network, checkpoint)
+    for name, momentum in train.momentum_by_name(optimizers, network).items():
+        assert torch.all(momentum == parameters.index(names[name]))
+
+    status, _, _ = main(
+        monkeypatch, capsys, *TINY, "--context_mode", "E", "--resume", "official.pt",
+        "--output_dir", "run",
+    )  # fmt: skip
+    assert status == 0
+    assert [m["epoch"] for m in metrics_of("run")] == [3]
+    assert json.loads(Path("run/summary.json").read_text())["error_best"] <= 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context_mode", "R1"], "another architecture: local_modules.1.context.recent_0"),
+        (["--layers", "14"], "another architecture"),
+        (["--aux_net_config", "2c2f"], "another architecture"),
+    ],
+)
+@pytest.mark.parametrize("file", ["official.pt", "run/checkpoint.pt"])
+def test_checkpoint_of_another_architecture_is_refused(monkeypatch, capsys, file, options, message):
+    official_checkpoint("official.pt")
+    main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--epochs", "1", "--output_dir", "run")
+    status, _, err = main(
+        monkeypatch, capsys, *TINY, "--context_mode", "E", *options, "--evaluate", file
+    )
+    assert (status, len(err)) == (2, 1)
+    assert message in err[0]
+
+
+def test_own_checkpoint_with_encoders_that_the_network_lacks_is_refused(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--epochs", "1", "--output_dir", "run")
+    status, _, err = main(
+        monkeypatch, capsys, "--context_mode", "R0", "--evaluate", "run/checkpoint.pt"
+    )
+    assert (status, len(err)) == (2, 1)
+    assert "is not in the network" in err[0]
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "empty", "other", "pickle", "official", "folder"])
+def test_what_is_no_checkpoint_is_refused(monkeypatch, capsys, kind):
+    path = Path("file.pt")
+    official_checkpoint(path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind in ("text", "empty"):
+        path.write_text("no checkpoint" if kind == "text" else "")
+    elif kind == "other":
+        torch.save([1, 2], path)
+    elif kind == "pickle":
+        torch.save(Malicious(), path)
+    elif kind == "official":
+        official_checkpoint(path, state_dict={"encoder.weight": torch.zeros(2)})
+    else:
+        path = Path(".")
+    status, _, err = main(monkeypatch, capsys, *TINY, "--evaluate", str(path))
+    assert (status, len(err)) == (2, 1)
+    assert not Path("executed").exists()
+
+
+# Nothing is overwritten
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds a finished run"),
+        (["--lr", "0.2"], "holds a finished run"),
+        (["--resume", "run/checkpoint.pt", "--epochs", "4"], "of other options (epochs 3, now 4"),
+        (["--resume", "run/model_best.pt", "--epochs", "9"], "is not the state of"),
+    ],
+)
+def test_a_finished_run_is_not_overwritten(monkeypatch, capsys, options, message):
+    main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    if "run/model_best.pt" in options:  # whichever epoch was best, it is not checkpoint.pt
+        assert Path("run/model_best.pt").exists()
+    before = snapshot("run")
+    status, _, err = main(monkeypatch, capsys, *TINY, *options, "--output_dir", "run")
+    assert (status, len(err)) == (2, 1)
+    assert message in err[0]
+    assert snapshot("run") == before
+
+
+def test_an_unfinished_run_is_not_overwritten(monkeypatch, capsys):
+    undo = cut_off_after(monkeypatch, 1)
+    with pytest.raises(StopHere):
+        main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    undo()
+    before = snapshot("run")
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert (status, len(err)) == (2, 1)
+    assert "continue it with --resume run/checkpoint.pt" in err[0]
+    assert snapshot("run") == before
+
+
+def test_resuming_a_finished_run_says_so(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    before = snapshot("run")
+    status, out, _ = main(monkeypatch, capsys, "--resume", "run/checkpoint.pt")
+    assert status == 0
+    assert "run is finished: 3 of 3 epochs" in out[-1]
+    assert snapshot("run") == before
+
+
+def test_a_finished_run_goes_on_in_another_folder(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    status, _, _ = main(
+        monkeypatch,
+        capsys,
+        "--resume",
+        "run/checkpoint.pt",
+        "--epochs",
+        "4",
+        "--output_dir",
+        "more",
+    )
+    assert status == 0
+    assert [m["epoch"] for m in metrics_of("more")] == [4]
+
+
+def test_interrupt_says_how_to_continue(monkeypatch, capsys):
+    evaluate = train.evaluate
+
+    def interrupted(network, batches, device):
+        if Path("run/checkpoint.pt").exists():
+            raise KeyboardInterrupt
+        return evaluate(network, batches, device)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert status == 130
+    assert "continue with --resume run/checkpoint.pt" in err[-1]
+    assert len(metrics_of("run")) == 1
+
+
+def test_checkpoint_option_names_the_folder_of_the_checkpoints(monkeypatch, capsys):
+    undo = cut_off_after(monkeypatch, 2)
+    with pytest.raises(StopHere):
+        main(monkeypatch, capsys, *TINY, "--output_dir", "run", "--checkpoint", "kept")
+    undo()
+    assert not Path("run/checkpoint.pt").exists()
+    status, _, _ = main(monkeypatch, capsys, "--resume", "run/kept/checkpoint.pt")
+    assert status == 0
+    assert [m["epoch"] for m in metrics_of("run")] == [1, 2, 3]
+    assert not Path("runs").exists()
+
+
+# Options
+
+
+def options_of(*arguments):
+    return read_options(list(arguments))[0]
+
+
+PUBLISHED = [
+    "--dataset", "cifar10", "--model", "resnet", "--layers", "32", "--local_module_num", "16",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "E",
+]  # fmt: skip
+
+
+def test_published_options():
+    options = options_of(
+        *PUBLISHED, "--droprate", "0.0", "--no-augment", "--checkpoint", "ck", "--resume", "",
+        "--name", "n", "--no", "2", "--print-freq", "5", "-p", "7", "--cos_lr", "--balanced_memory",
+        "--aux_net_config", "1c2f", "--aux_net_widen", "1", "--aux_net_feature_dim", "128",
+        "--h_reconstruct",
+    )  # fmt: skip
+    assert (options.batch_size, options.lr, options.epochs, options.warmup_epochs) == (
+        1024,
+        0.8,
+        160,
+        10,
+    )
+    assert options.no_augment and options.balanced_memory and options.h_reconstruct
+    assert options.print_freq == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], False),
+        (["--h_reconstruct"], True),
+        (["--h_reconstruct", "True"], True),
+        (["--h_reconstruct", "False"], False),
+    ],
+)
+def test_booleans_mean_what_they_say(arguments, expected):
+    assert options_of(*arguments).h_reconstruct is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], True),
+        (["--cos_lr"], True),
+        (["--cos_lr", "False"], False),
+        (["--no-cos_lr"], False),
+    ],
+)
+def test_cosine_is_on_unless_switched_off(arguments, expected):
+    assert options_of(*arguments).cos_lr is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "32"], "unrecognized arguments: --layer 32 (did you mean --layers?)"),
+        (["--context-mode", "E"], "did you mean --context_mode?"),
+        (["--h_reconstruct", "maybe"], "'maybe' is neither True nor False"),
+        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--epochs", "0"], "not a whole number of 1 or more"),
+        (["--batch_size", "1"], "not a whole number of 2 or more"),
+        (["--lr", "nan"], "not a number above 0"),
+        (["--lr", "fast"], "not a number above 0"),
+        (["--device", "gpu"], "none of auto, cpu, cuda, cuda:N"),
+        (["--name", "../elsewhere"], "no part of a folder's name"),
+        (["--no", "a/b"], "no part of a folder's name"),
+        (["--context_mode", "R1X"], "unknown context_mode 'R1X'"),
+        (["--context_mode", "RE"], "unknown context_mode 'RE'"),
+        (["--context_mode", "R4", "--local_module_num", "2"], "at most local_module_num"),
+        (["--local_module_num", "17"], "has 16 units"),
+        (["--layers", "33"], "6n+2 layers; 33 is not such a depth, 32 is"),
+        (["--h_reconstruct", "--local_module_num", "3"], "needs loss scales"),
+        (["--resume", "a.pt", "--evaluate", "b.pt"], "give one of them"),
+        (["--resume", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--dataset", "folder", "--data_dir", "nowhere"], "no images to train on in nowhere"),
+        (["--image_size", "64"], "image_size is for folder"),
+        (["--output_dir", "file"], "is a file"),
+        (["--output_dir", "file/run"], "cannot write the run folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, arguments, message):
+    Path("file").write_text("kept")
+    status, _, err = main(monkeypatch, capsys, *arguments)
+    assert (status, len(err)) == (2, 1), err
+    assert err[0].startswith("train.py: error: ")
+    assert message in err[0]
+    assert [p.name for p in Path().iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(monkeypatch, capsys):
+    status, _, err = main(monkeypatch, capsys, *TINY, "--device", "cuda")
+    assert (status, len(err)) == (2, 1)
+    assert "0 CUDA devices" in err[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_run_on_cuda(monkeypatch, capsys):
+    arguments = [*TINY, "--context_mode", "R1E", "--device", "cuda", "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *arguments)[0] == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert "max_memory_allocated" in summary["peak_memory_how"]
+    assert summary["peak_memory_bytes"] > 2**20
+
+
+def test_published_command_without_a_network_is_one_line(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    status, out, err = main(monkeypatch, capsys, *PUBLISHED)
+    assert (status, len(err)) == (2, 1)
+    assert "network is unreachable" in err[0]
+    assert out[0] == "ResNet-32 on cifar10: K=16, context E, cross_entropy"
+    assert not Path("runs").exists()
+
+
+def test_help_groups_the_options_and_says_defaults():
+    text = build_parser().format_help()
+    for group in ("method:", "data:", "optimisation:", "run:"):
+        assert f"\n{group}\n" in text
+    assert "None" not in text
+    for action in build_parser()._actions:
+        if action.option_strings[0] not in ("-h", "--no-cos_lr", "--resume", "--evaluate"):
+            assert "default" in action.help or action.default is not None, action.option_strings
+
+
+def test_script_ends_with_status_2_and_no_traceback():
+    """Once as a process of its own, as a user runs it."""
+    command = [sys.executable, str(ROOT / "train.py"), "--context_mode", "R1X"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_run_names_differ_with_the_options():
+    usual = run_name(options_of(*PUBLISHED))
+    assert usual == "cifar10_resnet32_K16_E_cross_entropy_no_1"
+    assert run_name(options_of(*PUBLISHED, "--batch_size", "1024", "--lr", "0.8")) == usual
+    others = [
+        ["--seed", "1"], ["--lr", "0.1"], ["--no-cos_lr"], ["--epochs", "8"], ["--no", "2"],
+        ["--epochs", "8", "--warmup_epochs", "2"], ["--h_reconstruct"], ["--name", "mine"],
+        ["--h_reconstruct", "--loss_scale", "1", "2", "3", "4"], ["--context_mode", "R1"],
+        ["--limit_per_class", "200"], ["--no-augment"], ["--dataset", "svhn"],
+    ]  # fmt: skip
+    names = {run_name(options_of(*PUBLISHED, *other)) for other in others}
+    assert len(names | {usual}) == len(others) + 1
+
+
+# Learning rate
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (1, 0.01),
+        (2, 0.9 * 0.01 + 0.1 * 0.4 * (1 + math.cos(math.pi / 80))),
+        (10, 0.1 * 0.01 + 0.9 * 0.4 * (1 + math.cos(math.pi / 16))),
+        (11, 0.4 * (1 + math.cos(math.pi * 11 / 160))),
+        (80, 0.4),
+        (160, 0.0),
+    ],
+)
+def test_published_cosine_by_hand(epoch, expected):
+    assert train.learning_rate(epoch, 160, 0.8, 10, cosine=True) == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
+def test_published_steps_by_hand():
+    rates = {
+        e: train.learning_rate(e, 160, 0.8, 0, cosine=False) for e in (1, 79, 80, 119, 120, 160)
+    }
+    assert rates == pytest.approx({1: 0.8, 79: 0.8, 80: 0.08, 119: 0.08, 120: 0.008, 160: 0.008})
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(160, 10), (1, 1), (16, 1), (17, 2), (300, 19)])
+def test_warm_up_scales_with_the_epochs(epochs, warmup):
+    assert options_of("--epochs", str(epochs)).warmup_epochs == warmup
+    assert options_of("--epochs", str(epochs), "--no-cos_lr").warmup_epochs == 0
+    assert options_of("--epochs", str(epochs), "--warmup_epochs", "3").warmup_epochs == 3
+
+
+def test_bad_options_in_a_checkpoint_are_refused(monkeypatch, capsys):
+    official_checkpoint("official.pt")
+    contents = read_checkpoint("official.pt")._asdict() | {"format": "contsup-1"}
+    torch.save(contents | {"options": {"layers": "many"}}, "own.pt")
+    status, _, err = main(monkeypatch, capsys, "--evaluate", "own.pt")
+    assert (status, len(err)) == (2, 1)
+    assert "'many' is not a whole number" in err[0]
