@@ -261,13 +261,17 @@ class Batches:
         corners = torch.randint(2 * pad + 1, (count, 2), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
         for part in order.split(self.batch_size):
-            images = self.split.images[part].to(self.device)
-            if self.augment:
-                images = pad_images(images, pad, self.data.reflect)
-                images = crop(images, corners[part].to(self.device), self.split.images.shape[-1])
-                if self.data.flip:
-                    images = flip(images, flips[part].to(self.device))
-            yield normalise(images, self.data), self.split.targets[part].to(self.device)
+            yield self._batch(part, corners[part], flips[part])
+
+    def _batch(self, part: Tensor, corners: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples `part` (N,), cropped at corners (N, 2), mirrored where flips (N,) says so."""
+        images = self.split.images[part].to(self.device)
+        if self.augment:
+            images = pad_images(images, self.data.pad, self.data.reflect)
+            images = crop(images, corners.to(self.device), self.split.images.shape[-1])
+            if self.data.flip:
+                images = flip(images, flips.to(self.device))
+        return normalise(images, self.data), self.split.targets[part].to(self.device)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -84,13 +84,14 @@ class RunFolder:
         """Append to metrics.jsonl and TensorBoard."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
-        epoch = metrics["epoch"]
         for name, value in metrics.items():
-            values = value if isinstance(value, list) else [value]
-            for index, number in enumerate(values):
-                if number is not None and name != "epoch":
-                    tag = f"{name}/module_{index:02}" if isinstance(value, list) else name
-                    self.events.add_scalar(tag, number, epoch)
+            if isinstance(value, list):
+                scalars = {f"{name}/module_{index:02}": v for index, v in enumerate(value)}
+            else:
+                scalars = {f"epoch/{name}": value}
+            for tag, scalar in scalars.items():
+                if scalar is not None:
+                    self.events.add_scalar(tag, scalar, metrics["epoch"])
         self.events.flush()
 
     def add_summary(

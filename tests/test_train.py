@@ -88,7 +88,7 @@ def test_a_run_leaves_everything(monkeypatch, capsys, loss):
     assert summary["versions"]["torch"] == torch.__version__
 
     events = EventAccumulator("run").Reload()
-    assert [e.value for e in events.Scalars("test_error")] == pytest.approx(errors)
+    assert [e.value for e in events.Scalars("epoch/test_error")] == pytest.approx(errors)
     assert len(events.Scalars("local_losses/module_00")) == 3
     best = read_checkpoint("run/model_best.pt")
     assert best.epoch == errors.index(min(errors)) + 1
