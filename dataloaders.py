@@ -5,6 +5,7 @@ bytes travel to the device, where whole batches are padded, cropped, flipped and
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from configs import DATASETS, DatasetConfig, InputError, one_line
 
@@ -42,7 +44,11 @@ class ImageData(NamedTuple):
 
 
 def load_dataset(
-    name: str, data_dir: str | Path, image_size: int, limit_per_class: int | None = None
+    name: str,
+    data_dir: str | Path,
+    image_size: int,
+    limit_per_class: int | None = None,
+    test_only: bool = False,
 ) -> ImageData:
     """Decode a data set, downloading it first where torchvision can and it is not there yet.
 
@@ -51,12 +57,13 @@ def load_dataset(
         data_dir: where the files are, or go.
         image_size: side that the images of `folder` are resized to; the others have their own.
         limit_per_class: keep the first so many images of each class, in file order (train only).
+        test_only: leave the training images of `folder` unread; its training split is empty.
     Raises:
         InputError: the data cannot be had, or cannot be trained on.
     """
     data_dir = Path(data_dir)
     if name == "folder":
-        return _folder(data_dir, image_size, limit_per_class)
+        return _folder(data_dir, image_size, limit_per_class, test_only)
     native = DATASETS[name].image_size
     if image_size != native:
         raise InputError(f"{name} has images of {native}x{native}; image_size is for folder")
@@ -153,8 +160,11 @@ def _download(name: str, data_dir: Path, open_split: Callable[[bool], object]) -
 # The user's own images: train/<class>/* and test/<class>/*
 
 
-def _folder(data_dir: Path, image_size: int, limit_per_class: int | None) -> ImageData:
-    train, test = (_list_images(data_dir / part) for part in ("train", "test"))
+def _folder(
+    data_dir: Path, image_size: int, limit_per_class: int | None, test_only: bool
+) -> ImageData:
+    test = _list_images(data_dir / "test")
+    train = _list_images(data_dir / "train") if not test_only else {name: [] for name in test}
     if list(train) != list(test):
         differ = sorted(set(train) ^ set(test))
         where = "train" if differ[0] in train else "test"
@@ -167,28 +177,35 @@ def _folder(data_dir: Path, image_size: int, limit_per_class: int | None) -> Ima
     return ImageData(_decode(train, image_size), _decode(test, image_size), list(train))
 
 
-def count_classes(data_dir: str | Path) -> int:
-    """Number of classes of a `folder` data set; InputError if it has no class with images."""
-    return len(_list_images(Path(data_dir) / "train"))
+def count_classes(data_dir: str | Path, part: str = "train") -> int:
+    """Number of classes of a `folder` data set; InputError if one has no image, or there is none.
+
+    Args:
+        data_dir: holds train/<class>/* and test/<class>/*.
+        part: `train` or `test`.
+    """
+    return len(_list_images(Path(data_dir) / part))
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted by name."""
+    """Class name -> its image files, both sorted by name; InputError where there are none."""
+    where = "data_dir must hold train/<class>/* and test/<class>/*"
     try:
-        _, class_to_idx = datasets.folder.find_classes(folder)
-        samples = datasets.folder.make_dataset(
-            str(folder), class_to_idx, datasets.folder.IMG_EXTENSIONS
-        )
-    except OSError as error:  # FileNotFoundError too: no folder, no class, a class without images
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in names}
+    except OSError as error:
         raise InputError(
-            f"no images to train on in {folder}: {one_line(error)} "
-            f"(data_dir must hold train/<class>/* and test/<class>/*)"
+            f"cannot read the images in {folder}: {one_line(error)}; {where}"
         ) from error
-    names = list(class_to_idx)
-    files: dict[str, list[Path]] = {name: [] for name in names}
-    for path, index in samples:
-        files[names[index]].append(Path(path))
+    empty = [name for name in names if not files[name]]
+    if empty or not names:
+        what = f"classes without an image: {', '.join(empty)}" if empty else "no classes"
+        raise InputError(f"{folder} holds {what}; {where}")
     return files
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
 
 
 def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
@@ -198,22 +215,32 @@ def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
     def decode_into(index: int) -> None:
         images[index] = _decode_image(paths[index], image_size)
 
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is an error below
     with ThreadPool(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
         pool.map(decode_into, range(len(paths)), chunksize=64)
     targets = [index for index, of_class in enumerate(files.values()) for _ in of_class]
-    return Split(images, torch.tensor(targets))
+    return Split(images, torch.tensor(targets, dtype=torch.int64))
 
 
 def _decode_image(path: Path, image_size: int) -> Tensor:
     """(3, image_size, image_size) uint8 RGB; another size is resized, its aspect not kept."""
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+            image = _eight_bits(image).convert("RGB")
+    except Exception as error:  # Pillow does not say what its decoders raise
         raise InputError(f"{path} is not an image that can be read: {one_line(error)}") from error
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow would clip; ValueError for what has no range."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.array(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits; convert it to 8 or 16")
+    return image
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,6 +273,7 @@ class Batches:
     ) -> None:
         self.split, self.data, self.batch_size, self.device = split, data, batch_size, device
         self.seed, self.augment, self.shuffle = seed, augment, shuffle
+        self.mean, self.std = (torch.tensor(x, device=device) for x in (data.mean, data.std))
 
     def __len__(self) -> int:
         return -(-len(self.split.targets) // self.batch_size)
@@ -255,29 +283,29 @@ class Batches:
 
         What is random depends on (seed, epoch) alone, not on the device or the batch size.
         """
-        generator = epoch_generator(self.seed, epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, stream=0))
         count, pad = len(self.split.targets), self.data.pad
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        corners = torch.randint(2 * pad + 1, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < 0.5
-        for part in order.split(self.batch_size):
-            yield self._batch(part, corners[part], flips[part])
+        corners = torch.randint(2 * pad + 1, (count, 2), generator=generator).to(self.device)
+        flips = (torch.rand(count, generator=generator) < 0.5).to(self.device)
+        for parts in zip(*(x.split(self.batch_size) for x in (order, corners, flips)), strict=True):
+            yield self._batch(*parts)
 
     def _batch(self, part: Tensor, corners: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
         """The samples `part` (N,), cropped at corners (N, 2), mirrored where flips (N,) says so."""
         images = self.split.images[part].to(self.device)
         if self.augment:
             images = pad_images(images, self.data.pad, self.data.reflect)
-            images = crop(images, corners.to(self.device), self.split.images.shape[-1])
+            images = crop(images, corners, self.split.images.shape[-1])
             if self.data.flip:
-                images = flip(images, flips.to(self.device))
-        return normalise(images, self.data), self.split.targets[part].to(self.device)
+                images = flip(images, flips)
+        return normalise(images, self.mean, self.std), self.split.targets[part].to(self.device)
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator that depends on both numbers (0 or more each)."""
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+def epoch_seed(seed: int, epoch: int, stream: int) -> int:
+    """A seed for torch that depends on all three (0 or more each): stream 0 data, 1 dropout."""
+    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
 
 
 def pad_images(images: Tensor, pad: int, reflect: bool) -> Tensor:
@@ -303,8 +331,6 @@ def flip(images: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
-def normalise(images: Tensor, data: DatasetConfig) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32, per channel minus the mean and divided by std."""
-    mean = torch.tensor(data.mean, device=images.device)[:, None, None]
-    std = torch.tensor(data.std, device=images.device)[:, None, None]
-    return (images - mean) / std
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32; mean and std, in pixels of 0..255, are (3,)."""
+    return (images - mean[:, None, None]) / std[:, None, None]

@@ -1,5 +1,8 @@
 """Loss functions of the local modules."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,5 +48,22 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(decoded, pixels)
 
 
-LOCAL_LOSSES = {"cross_entropy": F.cross_entropy, "contrast": supervised_contrastive}
-"""`--local_loss_mode`: (head output (N, D), targets (N,)) -> 0-d loss of an auxiliary head."""
+class TaskLoss(NamedTuple):
+    """What a head trains on.
+
+    Attributes:
+        function: (head output (N, D), targets (N,)) -> 0-d loss.
+        classifies: whether the output is a logit a class; else it is an embedding.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    classifies: bool
+
+
+CROSS_ENTROPY = TaskLoss(F.cross_entropy, classifies=True)
+
+LOCAL_LOSSES = {
+    "cross_entropy": CROSS_ENTROPY,
+    "contrast": TaskLoss(supervised_contrastive, classifies=False),
+}
+"""`--local_loss_mode`: what an auxiliary head trains on."""

@@ -30,19 +30,19 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def boolean(text: str) -> bool:
-    """`True` or `False`, in any case."""
+    """`True` or `False`, in any case; ArgumentTypeError for other text, here and below."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
 
 
-def whole(at_least: int) -> Callable[[str], int]:
-    """A type for whole numbers from `at_least` up."""
+def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """A type for whole numbers from `at_least` to `at_most`."""
 
     def convert(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text) or int(text) < at_least:
+        if not re.fullmatch("[0-9]{1,18}", text) or not at_least <= int(text) <= at_most:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number of {at_least} or more"
+                f"{text!r} is not a whole number of {at_least} to {at_most}"
             )
         return int(text)
 
@@ -50,19 +50,26 @@ def whole(at_least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A number above 0."""
+    """A number above 0, 1000 at most."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (and 1000 at most)")
     return value
+
+
+def path(text: str) -> str:
+    """The name of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def device_name(text: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     return text
 
@@ -90,7 +97,7 @@ def build_parser() -> Parser:
     method = parser.add_argument_group("method")
     add = method.add_argument
     add("--model", choices=["resnet"], default="resnet", help="backbone")
-    add("--layers", type=whole(1), default=32, metavar="N", help="depth, 6n+2")
+    add("--layers", type=whole(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
     add("--local_module_num", type=whole(1), default=1, metavar="K",
         help="number of local modules; 1 trains end to end")
     add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="cross_entropy",
@@ -106,17 +113,17 @@ def build_parser() -> Parser:
         help="auxiliary head of A convs and B linear layers")
     add("--aux_net_widen", type=positive, default=1.0, metavar="W",
         help="widens auxiliary nets and context encoders")
-    add("--aux_net_feature_dim", type=whole(1), default=128, metavar="F",
+    add("--aux_net_feature_dim", type=whole(1, 65536), default=128, metavar="F",
         help="width of an auxiliary head's hidden linear layers and of its embedding")
     add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the blocks")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--dataset", choices=list(DATASETS), default="digits", help="folder: images of your own")
-    add("--data_dir", default="data", metavar="DIR",
+    add("--data_dir", type=path, default="data", metavar="DIR",
         help="where the data are or are downloaded to; of folder: holds train/<class>/* and "
         "test/<class>/*")
-    add("--image_size", type=whole(8), metavar="S",
+    add("--image_size", type=whole(8, 1024), metavar="S",
         help="side that the images of folder are resized to (default: 32)")
     add("--limit_per_class", type=whole(1), metavar="N",
         help="train on the first N images of each class (default: all)")
@@ -132,28 +139,29 @@ def build_parser() -> Parser:
     add("--cos_lr", **(switch | {"default": True}),
         help="cosine schedule; without it the rate falls to a tenth after 1/2 and after 3/4 of the "
         "epochs")
-    add("--no-cos_lr", dest="cos_lr", action="store_false", default=argparse.SUPPRESS,
-        help="the same as --cos_lr False")
+    add("--no-cos_lr", dest="cos_lr", nargs="?", const=False, type=lambda text: not boolean(text),
+        metavar="BOOL", default=argparse.SUPPRESS, help="the same as --cos_lr False")
     add("--warmup_epochs", type=whole(0), metavar="N",
-        help="epochs that the rate rises from 0.01 (default: epochs/16, rounded up; 0 with "
-        "--no-cos_lr)")
+        help="epochs in which the rate rises from 0.01, or from --lr if that is less (default: "
+        "epochs/16, rounded up; 0 with --no-cos_lr)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random")
 
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--device", type=device_name, default="auto", metavar="DEVICE",
         help="auto, cpu, cuda or cuda:N")
-    add("--output_dir", metavar="DIR",
+    add("--output_dir", type=path, metavar="DIR",
         help="run folder (default: runs/<name made of the options>)")
     add("--name", type=label, help="goes into the name of the run folder (default: none)")
     add("--no", type=label, default="1", metavar="INDEX",
         help="index of the experiment; goes into the name of the run folder")
-    add("--checkpoint", default=".", metavar="DIR",
+    add("--checkpoint", type=path, default=".", metavar="DIR",
         help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
-    add("--resume", metavar="CKPT",
+    add("--resume", type=path, metavar="CKPT",
         help="continue from a checkpoint of this project (with its options, where no others are "
         "given) or of the authors' release")
-    add("--evaluate", metavar="CKPT", help="print the test error of such a checkpoint, and end")
+    add("--evaluate", type=path, metavar="CKPT",
+        help="print the test error of such a checkpoint, and end")
     add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
         help="steps between two lines of output")
     return parser
@@ -178,6 +186,8 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
     """Options, complete, and the checkpoint that they name.
 
     The options that a checkpoint holds stand before those of the command line, as if typed.
+
+    Raises InputError for a file that is no checkpoint; ends the process for options that are wrong.
     """
     parser = build_parser()
     options = parser.parse_args(argv)

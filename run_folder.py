@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import json
-import os
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -14,7 +14,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 
 from configs import InputError, one_line
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, replacing
 from options import NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
 
 
@@ -60,12 +60,16 @@ class RunFolder:
             raise InputError(f"{what} of other options ({'; '.join(changed)}): {elsewhere}")
 
     def open(self, epochs_done: int) -> None:
-        """Make the folder; of a run that goes on, keep the metrics of the epochs done."""
+        """Make the folder; of a run that goes on, keep the metrics of the epochs done.
+
+        Raises InputError if it cannot be written.
+        """
         lines = [json.dumps(m) + "\n" for m in self.read_metrics() if m["epoch"] <= epochs_done]
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, json.dumps(self.options, indent=2) + "\n")
-            write_text(self.metrics, "".join(lines))
+            write_json(self.config, self.options)
+            with replacing(self.metrics) as unfinished:
+                unfinished.write_text("".join(lines))
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.path}: {one_line(error)}"
@@ -94,20 +98,23 @@ class RunFolder:
                     self.events.add_scalar(tag, scalar, metrics["epoch"])
         self.events.flush()
 
-    def add_summary(
-        self, best_error: float, peak_memory_how: str, parameters: dict[str, int]
-    ) -> dict:
+    def best_error(self) -> float:
+        """Lowest test error of the epochs so far in percent; infinite before the first."""
+        return min((m["test_error"] for m in self.read_metrics()), default=math.inf)
+
+    def add_summary(self, peak_memory_how: str, device: str, parameters: dict[str, int]) -> dict:
         """Close the events; write and return summary.json; errors in percent, memory in bytes."""
         self.events.close()
         metrics = self.read_metrics()
         summary = {
             "error_last": metrics[-1]["test_error"],
-            "error_best": best_error,
+            "error_best": self.best_error(),
             "peak_memory_bytes": max(m["peak_memory_bytes"] for m in metrics),
             "peak_memory_how": peak_memory_how,
             "samples_per_second": statistics.harmonic_mean(
                 m["samples_per_second"] for m in metrics
             ),
+            "device": device,
             "parameters": parameters,
             "epochs": metrics[-1]["epoch"],
             "seed": self.options["seed"],
@@ -119,7 +126,7 @@ class RunFolder:
                 "numpy": np.__version__,
             },
         }
-        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_json(self.summary, summary)
         return summary
 
 
@@ -128,7 +135,7 @@ def run_folder(options: argparse.Namespace) -> Path:
     if options.output_dir:
         return Path(options.output_dir)
     if options.resume:
-        kept_in = Path(options.resume).absolute().parent
+        kept_in = Path(options.resume).parent
         for folder in (kept_in, *kept_in.parents):
             checkpoints = folder / options.checkpoint
             if (folder / "config.json").exists() and checkpoints.resolve() == kept_in.resolve():
@@ -137,28 +144,28 @@ def run_folder(options: argparse.Namespace) -> Path:
 
 
 def run_name(options: argparse.Namespace) -> str:
-    """Name of a run folder: net, data, method, each option that is not the usual one, index."""
+    """Name of a run folder: data, net, method, each option that is not the usual one, index."""
+    always = ["dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode"]
+    usual = build_parser().parse_args([])
+    for deciding in ("dataset", "epochs", "cos_lr"):  # they decide the defaults of others
+        setattr(usual, deciding, getattr(options, deciding))
+    usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
+
     parts = [
         options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
         options.context_mode, options.local_loss_mode,
     ]  # fmt: skip
-    in_parts = ("dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode")
-    typed = ["--dataset", options.dataset, "--epochs", str(options.epochs)]
-    usual = fill_in(build_parser().parse_args([*typed, "--cos_lr", str(options.cos_lr)]))
-    usual.epochs, usual.cos_lr = 160, True
     for option, value in vars(options).items():
-        if option in in_parts or option in NOT_OF_THE_LEARNING or value == vars(usual)[option]:
-            continue
-        values = value if isinstance(value, list) else [value]
-        parts.append("-".join([option, *map(str, values)]) if value is not True else option)
+        if option not in (*always, *NOT_OF_THE_LEARNING) and value != usual[option]:
+            values = value if isinstance(value, list) else [value]
+            parts.append("-".join([option, *map(str, values)]) if value is not True else option)
     return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file; an earlier one of that name stays until the new one is complete."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+def write_json(path: Path, contents: dict) -> None:
+    """Write a JSON file; an earlier one of that name stays until the new one is complete."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def _holds(path: Path) -> bool:

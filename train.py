@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import DATASETS, InputError, one_line
-from dataloaders import Batches, count_classes, epoch_generator, load_dataset
+from dataloaders import Batches, count_classes, epoch_seed, load_dataset
 from memory import PeakMemory, readable
 from models import ContSupNetwork, build_network
 from models.checkpoint import (
@@ -39,8 +39,10 @@ from run_folder import RunFolder, run_folder
 
 
 def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
-    """Learning rate of epoch 1 .. epochs (README, equation 11): a warm-up from 0.01, then a
-    cosine to 0 at the last epoch, or steps to a tenth after half and three quarters of them.
+    """Learning rate of epoch 1 .. epochs (README, equation 11).
+
+    A warm-up from 0.01 (from `lr` if that is less), then a cosine that is 0 at the last epoch, or
+    steps to a tenth after half and after three quarters of the epochs.
     """
     if cosine:
         rate = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
@@ -67,7 +69,7 @@ class Totals:
     def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
         """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
         self._losses[index] += loss * len(targets)
-        if self.modules[index].classifies:
+        if self.modules[index].task.classifies:
             self._wrong[index] += (output.argmax(dim=1) != targets).sum()
         if index == len(self.modules) - 1:
             self.samples += len(targets)
@@ -79,7 +81,7 @@ class Totals:
     def errors(self) -> list[float | None]:
         """Error rate of each module's head in percent; None where it does not classify."""
         errors = (100 * self._wrong / self.samples).tolist()
-        return [e if m.classifies else None for e, m in zip(errors, self.modules, strict=True)]
+        return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
 
 
 def train_one_epoch(
@@ -89,7 +91,10 @@ def train_one_epoch(
     peak: PeakMemory,
     report: Callable[[int, Totals], None],
 ) -> Totals:
-    """One pass over `batches`; `report(step, totals)` is called after each step, from 1."""
+    """One pass over `batches` of images (N, 3, H, W) and targets (N,).
+
+    `report(step, totals)` is called after each step, from 1.
+    """
     network.train()
     totals = Totals(network, peak.device)
     for step, (images, targets) in enumerate(batches, start=1):
@@ -107,12 +112,15 @@ def train_one_epoch(
 def evaluate(
     network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Totals:
-    """Cross entropy and error of every head that classifies; the last one's count as the test's."""
+    """Cross entropy and error of every head that classifies; the network's own are the last.
+
+    `batches` are of images (N, 3, H, W) and targets (N,).
+    """
     network.eval()
     totals = Totals(network, device)
     for images, targets in batches:
         for index, (module, h_out) in enumerate(network.features(images)):
-            if module.classifies:
+            if module.task.classifies:
                 output = module.head(h_out)
                 totals.add(index, F.cross_entropy(output, targets), output, targets)
     return totals
@@ -132,27 +140,29 @@ def tensors_alive(
 
 
 class Progress:
-    """A bar on a terminal, a line every `print_freq` steps elsewhere."""
+    """A bar on a terminal, a line every `print_freq` steps elsewhere; use it with `with`."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, print_freq: int) -> None:
         self.title = f"epoch {epoch:3}/{epochs}"
         self.steps, self.print_freq = steps, print_freq
-        self.bar = tqdm(total=steps, desc=self.title, leave=False) if sys.stdout.isatty() else None
+        self.bar = tqdm(total=steps, desc=self.title, leave=False, disable=not sys.stdout.isatty())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
 
     def __call__(self, step: int, totals: Totals) -> None:
         """Show that `step`, from 1, is done; losses are read only where they are shown."""
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         if step % self.print_freq and step != self.steps:
             return
         losses = totals.losses()
         text = f"loss {losses[-1]:.4f}, mean of the local losses {statistics.mean(losses):.4f}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
             print(f"{self.title}  step {step:4}/{self.steps}  {text}", flush=True)
-        if step == self.steps and self.bar is not None:
-            self.bar.close()
 
 
 def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
@@ -201,7 +211,8 @@ def run(argv: list[str]) -> None:
 
     torch.manual_seed(options.seed)
     network = build_network(
-        num_classes=data_config.classes or count_classes(options.data_dir),
+        num_classes=data_config.classes
+        or count_classes(options.data_dir, "test" if options.evaluate else "train"),
         **{name: getattr(options, name) for name in NETWORK_OPTIONS},
     ).to(device)
     if checkpoint is not None:
@@ -212,12 +223,27 @@ def run(argv: list[str]) -> None:
         folder = RunFolder(run_folder(options), options)
         folder.check_free(options.resume, checkpoint)
         if checkpoint is not None and checkpoint.epoch >= options.epochs:
-            tell_finished(folder, options, checkpoint)
-            return
+            done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
+            if folder.summary.exists():
+                print(f"{folder.path} is finished: {done}")
+                return
+            if not folder.read_metrics():  # else all that is left to do is the summary
+                raise InputError(
+                    f"{done} in {options.resume}: give more --epochs, or --evaluate it"
+                )
 
     data = load_dataset(
-        options.dataset, options.data_dir, options.image_size, options.limit_per_class
+        options.dataset,
+        options.data_dir,
+        options.image_size,
+        options.limit_per_class,
+        test_only=bool(options.evaluate),
     )
+    if checkpoint is not None and checkpoint.classes not in ([], data.classes):
+        raise InputError(
+            f"{options.resume or options.evaluate} was trained on other classes "
+            f"({', '.join(checkpoint.classes)}) than the data have ({', '.join(data.classes)})"
+        )
     batches = partial(
         Batches, data=data_config, batch_size=options.batch_size, device=device, seed=options.seed
     )
@@ -231,7 +257,7 @@ def run(argv: list[str]) -> None:
 
     train_batches = batches(data.train, augment=not options.no_augment, shuffle=True)
     try:
-        train(network, options, checkpoint, folder, train_batches, test_batches)
+        train(network, options, checkpoint, folder, train_batches, test_batches, data.classes)
     except KeyboardInterrupt:
         how = f"continue with --resume {folder.checkpoint}" if folder.checkpoint.exists() else (
             "no epoch is complete, so there is nothing to continue from"
@@ -253,6 +279,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or a CUDA device with its model."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def train(
     network: ContSupNetwork,
     options: argparse.Namespace,
@@ -260,28 +293,30 @@ def train(
     folder: RunFolder,
     train_batches: Batches,
     test_batches: Batches,
+    classes: list[str],
 ) -> None:
     """All epochs that are left, from `checkpoint` where there is one, and the summary."""
     optimizers = [
         torch.optim.SGD(module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4)
         for module in network.local_modules
     ]
-    epochs_done, best_error = 0, math.inf
     if checkpoint is not None:
         load_momentum(optimizers, network, checkpoint)
-        epochs_done, best_error = checkpoint.epoch, checkpoint.best_error
+    epochs_done = checkpoint.epoch if checkpoint is not None else 0
     peak = PeakMemory(train_batches.device)
     folder.open(epochs_done)
 
     for epoch in range(epochs_done + 1, options.epochs + 1):
-        torch.manual_seed(epoch_generator(options.seed, epoch).initial_seed())  # for dropout
+        torch.manual_seed(epoch_seed(options.seed, epoch, stream=1))
         lr = learning_rate(epoch, options.epochs, options.lr, options.warmup_epochs, options.cos_lr)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
 
         start = time.perf_counter()
-        progress = Progress(epoch, options.epochs, len(train_batches), options.print_freq)
-        trained = train_one_epoch(network, optimizers, train_batches.epoch(epoch), peak, progress)
+        with Progress(epoch, options.epochs, len(train_batches), options.print_freq) as progress:
+            trained = train_one_epoch(
+                network, optimizers, train_batches.epoch(epoch), peak, progress
+            )
         local_losses, train_errors = trained.losses(), trained.errors()
         seconds = time.perf_counter() - start
         tested = evaluate(network, test_batches.epoch(0), peak.device)
@@ -300,32 +335,22 @@ def train(
             "samples_per_second": trained.samples / seconds,
             "peak_memory_bytes": peak.bytes,
         }
+        is_best = test_errors[-1] < folder.best_error()
         folder.add_epoch(metrics)
         print_epoch(metrics, options.epochs)
-        is_best = test_errors[-1] < best_error
-        best_error = min(best_error, test_errors[-1])
         state = Checkpoint(
             epoch=epoch,
             state_dict=network.state_dict(),
             momentum=momentum_by_name(optimizers, network),
-            best_error=best_error,
             options=folder.options,
+            classes=classes,
         )
         if is_best:
             save_checkpoint(folder.best, state)
         save_checkpoint(folder.checkpoint, state)
 
-    print_summary(folder.add_summary(best_error, peak.how, network.parameter_counts()), folder.path)
-
-
-def tell_finished(folder: RunFolder, options: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Say that the run is finished; InputError if it is another run that has nothing to do."""
-    if not folder.summary.exists():
-        raise InputError(
-            f"{options.resume} has done {checkpoint.epoch} epochs, so --epochs {options.epochs} "
-            "leaves none to train: give more, or use --evaluate"
-        )
-    print(f"{folder.path} is finished: {checkpoint.epoch} of {options.epochs} epochs are done")
+    summary = folder.add_summary(peak.how, device_name(peak.device), network.parameter_counts())
+    print_summary(summary, folder.path)
 
 
 def main() -> int:
@@ -334,6 +359,10 @@ def main() -> int:
         run(sys.argv[1:])
     except InputError as error:
         print(f"train.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: error: out of memory, so take a smaller --batch_size or a larger "
+              f"--local_module_num ({one_line(error)})", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,7 +18,7 @@ def scaled_width(width: int, factor: float) -> int:
 
 def parse_head_config(config: str) -> tuple[int, int]:
     """`AcBf` -> (A convs, B linear layers), B >= 1; InputError for anything else."""
-    match = re.fullmatch(r"(\d)c([1-9])f", config)
+    match = isinstance(config, str) and re.fullmatch(r"([0-9])c([1-9])f", config)
     if not match:
         raise InputError(
             f"unknown aux_net_config {config!r}: AcBf means A convs and B linear layers, e.g. "
@@ -44,9 +44,10 @@ def auxiliary_head(
         InputError: config is not `AcBf`, or a width truncates to 0.
     """
     convs, linears = parse_head_config(config)
-    conv_width = scaled_width(32 if channels == 16 else 64, widen)
+    base_width = 32 if channels == 16 else 64
     layers: list[nn.Module] = []
     for i in range(convs):
+        conv_width = scaled_width(base_width, widen)
         stride = 2 if i == 0 and channels < 64 else 1
         layers += [
             nn.Conv2d(channels, conv_width, 3, stride, padding=1, bias=False),
@@ -66,8 +67,8 @@ def auxiliary_head(
 class Decoder(nn.Sequential):
     """Reconstructs the input from a module's output (`--h_reconstruct`; README, equation 9).
 
-    (N, channels, S, S) is resized bilinearly to the image and convolved to the logits of an
-    image (N, 3, H, W); their sigmoid is the reconstruction in [0, 1].
+    (N, channels, S, S) is resized bilinearly to `size` = (H, W) of the image and convolved to the
+    logits of an image (N, 3, H, W); their sigmoid is the reconstruction in [0, 1].
     """
 
     def __init__(self, channels: int, widen: float = 1.0) -> None:

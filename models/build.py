@@ -2,9 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import torch.nn.functional as F
 from torch import nn
 
 from configs import (
@@ -16,7 +15,7 @@ from configs import (
     loss_weights,
     published_loss_scale,
 )
-from losses import LOCAL_LOSSES
+from losses import CROSS_ENTROPY, LOCAL_LOSSES
 from models.auxiliary import Decoder, auxiliary_head, parse_head_config
 from models.context import ContextMode, Contexts, ContextSupply
 from models.network import ContSupNetwork, LocalModule
@@ -24,6 +23,10 @@ from models.resnet import build_units, channels_after, initialise, real_head
 
 SMALLEST_IMAGE = 4
 """Two strides of 2 leave one pixel of this many."""
+
+
+WIDEST = 1000
+"""An upper bound of `aux_net_widen`, so that a slip of the keyboard is an error of its own."""
 
 
 def build_network(
@@ -74,10 +77,15 @@ def build_network(
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
     if image_size < SMALLEST_IMAGE:
         raise InputError(f"image_size must be at least {SMALLEST_IMAGE}, not {image_size}")
+    for name, value in {"balanced_memory": balanced_memory, "h_reconstruct": h_reconstruct}.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, not {value!r}")
     if not (_is_real(droprate) and 0 <= droprate < 1):
-        raise InputError(f"droprate must be at least 0 and below 1, not {droprate}")
-    if not (_is_real(aux_net_widen) and 0 < aux_net_widen < math.inf):
-        raise InputError(f"aux_net_widen must be a positive number, not {aux_net_widen}")
+        raise InputError(f"droprate must be at least 0 and below 1, not {droprate!r}")
+    if not (_is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST):
+        raise InputError(
+            f"aux_net_widen must be above 0 and {WIDEST} at most, not {aux_net_widen!r}"
+        )
 
     parse_head_config(aux_net_config)
     K = local_module_num
@@ -94,6 +102,7 @@ def build_network(
     elif h_reconstruct and K > 1:
         loss_scale = published_loss_scale(layers, K, dataset, balanced_memory)
 
+    task = LOCAL_LOSSES[local_loss_mode]
     modules: list[LocalModule] = []
     contexts, sources, channels = Contexts(mode, image=3), {}, 3
     for index, part in enumerate(_split(units, cuts)):
@@ -102,14 +111,14 @@ def build_network(
             contexts.push(channels)
         sources, channels = contexts.named(), channels_after(part)
         if index == K - 1:
-            modules.append(LocalModule(supply, part, real_head(num_classes), F.cross_entropy))
+            modules.append(LocalModule(supply, part, real_head(num_classes), CROSS_ENTROPY))
             break
-        outputs = aux_net_feature_dim if local_loss_mode == "contrast" else num_classes
+        outputs = num_classes if task.classifies else aux_net_feature_dim
         head = auxiliary_head(channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim)
-        module = LocalModule(supply, part, head, LOCAL_LOSSES[local_loss_mode])
+        decoding = ()
         if loss_scale is not None:
-            module.add_decoder(Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K))
-        modules.append(module)
+            decoding = Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K)
+        modules.append(LocalModule(supply, part, head, task, *decoding))
 
     network = ContSupNetwork(modules, mode, dataset)
     initialise(network)
@@ -133,15 +142,16 @@ def _check_counts(**arguments: int) -> None:
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
 
 
 def _check_loss_scale(scale: Scale, h_reconstruct: bool) -> None:
     if not h_reconstruct:
         raise InputError("loss_scale weighs a decoder's loss: it needs h_reconstruct")
-    if len(scale) != 4 or not all(_is_real(x) and 0 <= x < math.inf for x in scale):
-        raise InputError(f"loss_scale must be four numbers of at least 0, not {scale}")
+    four = isinstance(scale, Sequence) and len(scale) == 4
+    if not four or not all(_is_real(x) and 0 <= x < math.inf for x in scale):
+        raise InputError(f"loss_scale must be four numbers of at least 0, not {scale!r}")
 
 
 def _is_real(value: object) -> bool:

@@ -4,6 +4,8 @@ Both are read into the same `Checkpoint`, by this project's names; only the own 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,30 +22,37 @@ FORMAT = "contsup-1"
 class Checkpoint(NamedTuple):
     """A training state between two epochs.
 
-    Args:
+    Attributes:
         epoch: epochs done.
         state_dict: weights and BatchNorm statistics by name.
         momentum: SGD's momentum by parameter name.
-        best_error: lowest test error rate so far, in percent.
         options: the run's options; empty in the authors' format, which lacks them.
+        classes: names of the classes, in the order of the head's outputs; empty likewise.
         official: whether the names are the authors'.
     """
 
     epoch: int
     state_dict: dict[str, Tensor]
     momentum: dict[str, Tensor]
-    best_error: float
     options: dict[str, object]
+    classes: list[str]
     official: bool = False
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name to write `path` under: the file that was there stays until that is done."""
+    unfinished = path.with_name(path.name + ".tmp")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path`; an earlier file of that name stays until the new one is complete."""
+    """Write a checkpoint of this project."""
     contents = checkpoint._asdict() | {"format": FORMAT}
     del contents["official"]
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(contents, unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        torch.save(contents, unfinished)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -60,7 +69,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a checkpoint that can be read: {reason}") from error
     try:
-        return _from_contents(contents)
+        return _checked(_from_contents(contents))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
             f"{path} is neither a checkpoint of this project nor of the authors' release "
@@ -75,13 +84,26 @@ def _from_contents(contents: dict) -> Checkpoint:
     if not is_official(state_dict):
         raise ValueError("unknown names in its state_dict")
     return Checkpoint(
-        epoch=int(contents["epoch"]),
-        state_dict=state_dict,
+        epoch=contents["epoch"],
+        state_dict=dict(state_dict),
         momentum=official_momentum(state_dict, contents["optimizer"]),
-        best_error=100 - float(contents["best_acc"]),
         options={},
+        classes=[],
         official=True,
     )
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if each of its parts is what it should be; TypeError or ValueError if not."""
+    if not isinstance(checkpoint.epoch, int) or checkpoint.epoch < 0:
+        raise ValueError(f"its epoch is {checkpoint.epoch!r}")
+    for part in ("state_dict", "momentum"):
+        for name, tensor in getattr(checkpoint, part).items():
+            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+                raise TypeError(f"{name!r} in its {part} is no tensor")
+    if not isinstance(checkpoint.options, dict) or not isinstance(checkpoint.classes, list):
+        raise TypeError("its options or classes are not what they should be")
+    return checkpoint
 
 
 def load_weights(network: ContSupNetwork, checkpoint: Checkpoint) -> None:

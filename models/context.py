@@ -22,7 +22,7 @@ class ContextMode(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "ContextMode":
         """`R0`, `E`, `R2`, `R1E`, ... -> ContextMode; InputError for any other name."""
-        match = re.fullmatch(r"(?:R(0|[1-9]\d*))?(E?)", name)
+        match = isinstance(name, str) and re.fullmatch(r"(?:R(0|[1-9][0-9]{0,5}))?(E?)", name)
         if not match or not name:
             raise InputError(
                 f"unknown context_mode {name!r}: it is Rn for the n latest module inputs "

@@ -11,8 +11,6 @@ from configs import DATASETS, Cut
 from models.auxiliary import Decoder
 from models.context import ContextMode, Contexts, ContextSupply
 
-TaskLoss = Callable[[Tensor, Tensor], Tensor]
-
 
 class LocalModule(nn.Module):
     """The part of a network between two cuts, with all that trains on its loss.
@@ -21,7 +19,9 @@ class LocalModule(nn.Module):
         context: what is added to the features that enter.
         units: [stage, block] -> backbone unit, in order.
         head: real head (last module) or auxiliary head, (N, C, S, S) -> (N, D).
-        task_loss: (head output, targets) -> 0-d loss.
+        task: what the head trains on.
+        decoder: reconstructs the image from the module's output, or None.
+        loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
     """
 
     def __init__(
@@ -29,31 +29,22 @@ class LocalModule(nn.Module):
         context: ContextSupply,
         units: dict[Cut, nn.Module],
         head: nn.Module,
-        task_loss: TaskLoss,
+        task: losses.TaskLoss,
+        decoder: Decoder | None = None,
+        loss_weights: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         self.unit_names = list(units)
         self.context = context
         self.units = nn.Sequential(*units.values())
         self.head = head
-        self.task_loss = task_loss
-        self.decoder: Decoder | None = None
-        self.weights = (0.0, 1.0)
-
-    def add_decoder(self, decoder: Decoder, weights: tuple[float, float]) -> None:
-        """Train on reconstruction too; `weights` = (lx, ly) of reconstruction and task loss."""
+        self.task = task
         self.decoder = decoder
-        self.weights = weights
+        self.loss_weights = loss_weights
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the head gives class logits (a contrastive one gives an embedding)."""
-        return self.task_loss is not losses.supervised_contrastive
-
-    def forward(self, h: Tensor, contexts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (N, C, S, S) of the module before -> (h_in, h_out) of this one."""
-        h_in = self.context(h, contexts)
-        return h_in, self.units(h_in)
+    def forward(self, h_in: Tensor) -> Tensor:
+        """Features with context (N, C, S, S) -> h_out of the last unit."""
+        return self.units(h_in)
 
     def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Local loss and the head's output (README, equations 6 to 9).
@@ -66,10 +57,10 @@ class LocalModule(nn.Module):
             0-d loss and (N, D) head output.
         """
         output = self.head(h_out)
-        loss = self.task_loss(output, targets)
+        loss = self.task.function(output, targets)
         if self.decoder is not None:
             decoded = self.decoder(h_out, pixels.shape[-2:])
-            lx, ly = self.weights
+            lx, ly = self.loss_weights
             loss = lx * losses.reconstruction(decoded, pixels) + ly * loss
         return loss, output
 
@@ -103,14 +94,14 @@ class ContSupNetwork(nn.Module):
             images: (N, 3, H, W), normalised.
         """
         contexts = Contexts(self.mode, images)
-        h, supplied = images, {}
+        h = images
         for index, module in enumerate(self.local_modules):
-            h_in, h_out = module(h, supplied)
-            if index:  # module 0's input is the image, which `contexts` has from the start
-                contexts.push(h_in.detach())
-            yield module, h_out
-            h, supplied = h_out.detach(), contexts.named()
-            del h_in, h_out  # else they would outlive the next module's forward
+            if index:
+                h = module.context(h, contexts.named())
+                contexts.push(h.detach())
+            h = module(h)
+            yield module, h
+            h = h.detach()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W), normalised -> logits (N, num_classes) of the last module."""

@@ -60,7 +60,8 @@ def test_normalise_by_hand(name):
     expected = (images.double() / 255 - torch.tensor(mean)[:, None, None].double() / 255) / (
         torch.tensor(std)[:, None, None].double() / 255
     )
-    actual = dataloaders.normalise(images, DATASETS[name])
+    batches = Batches(Split(images, torch.zeros(2)), DATASETS[name], 2, CPU)
+    ((actual, _),) = batches.epoch(0)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
 
 
@@ -112,9 +113,9 @@ def test_an_epoch_has_every_sample_once_and_keeps_the_last_batch():
 
 def test_test_batches_are_plain_and_in_order():
     split = split_of(10)
-    images, targets, _ = epoch_of(split)
+    images, targets, _ = epoch_of(split, "svhn", epoch=7)
     assert targets.tolist() == list(range(10))
-    assert torch.equal(images, dataloaders.normalise(split.images, DATASETS["cifar10"]))
+    torch.testing.assert_close(images, split.images / 127.5 - 1)
 
 
 def test_what_is_random_depends_on_seed_and_epoch_alone():
@@ -282,6 +283,48 @@ def test_folder_converts_to_rgb_and_resizes(folder, mode, pixel, rgb):
     assert torch.equal(image, torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
 
 
+def test_folder_scales_16_bits_to_8(folder):
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(folder / "train" / "ant" / "0.png")
+    image = load_dataset("folder", folder, 32).train.images[0]
+    assert np.array_equal(image[0].numpy(), np.floor(ramp / 257).astype(np.uint8))
+
+
+def test_folder_refuses_32_bits(folder):
+    Image.new("F", (32, 32), 0.5).save(folder / "train" / "ant" / "0.tif")
+    with pytest.raises(InputError, match=r"0\.tif .*its pixels have 32 bits"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_refuses_a_huge_image(folder):
+    Image.new("1", (20000, 20000)).save(folder / "train" / "ant" / "0.png")
+    with pytest.raises(InputError, match=r"0\.png is not an image that can be read"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_warns_of_nothing_that_it_can_read(folder, recwarn):
+    image = Image.new("P", (32, 32), 1)
+    image.info["transparency"] = b"\x00\x80"
+    image.save(folder / "train" / "ant" / "0.png")
+    load_dataset("folder", folder, 32)
+    assert not recwarn.list
+
+
+def test_folder_reads_the_files_of_a_class_and_no_folders_in_it(folder):
+    (folder / "train" / "ant" / "loop").symlink_to(folder / "train" / "ant")
+    (folder / "train" / "ant" / "more.png").mkdir()
+    assert len(load_dataset("folder", folder, 32).train.targets) == 9
+
+
+def test_folder_resizes_smoothly(folder):
+    pixels = np.zeros((64, 64), dtype=np.uint8)
+    pixels[:, 1::2] = 255
+    Image.fromarray(pixels).save(folder / "train" / "ant" / "0.png")
+    image = load_dataset("folder", folder, 32).train.images[0]
+    assert 100 < float(image[:, :, 8:24].float().mean()) < 155
+    assert image[:, :, 8:24].min() > 60
+
+
 def remove(path):
     for item in sorted(path.rglob("*"), reverse=True):
         item.unlink() if item.is_file() else item.rmdir()
@@ -289,20 +332,20 @@ def remove(path):
 
 
 def test_folder_missing(tmp_path):
-    with pytest.raises(InputError, match=r"no images to train on in .*train/<class>"):
+    with pytest.raises(InputError, match=r"cannot read the images in .*train/<class>"):
         load_dataset("folder", tmp_path / "nowhere", 32)
 
 
 def test_folder_without_test_images(folder):
     remove(folder / "test")
-    with pytest.raises(InputError, match=r"no images to train on in .*test"):
+    with pytest.raises(InputError, match=r"cannot read the images in .*test"):
         load_dataset("folder", folder, 32)
 
 
 def test_folder_with_an_empty_class(folder):
     for image in (folder / "train" / "bee").iterdir():
         image.unlink()
-    with pytest.raises(InputError, match="bee"):
+    with pytest.raises(InputError, match="classes without an image: bee"):
         load_dataset("folder", folder, 32)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import losses
-from configs import loss_weights
+from configs import loss_weights, published_loss_scale
 
 
 def plain_contrastive(embeddings, targets, temperature):
@@ -65,6 +65,30 @@ def test_reconstruction_is_the_mean_binary_cross_entropy():
     pixels = torch.tensor([[[[0.25, 1.0]]]], dtype=torch.float64)
     by_hand = (math.log(2) + math.log(1 + math.exp(-2))) / 2
     assert float(losses.reconstruction(logits, pixels)) == pytest.approx(by_hand, 1e-12)
+
+
+PUBLISHED_SCALES = """
+32 cifar10 | 5 1 0 0 | 6 0 1 2 | 5 0 0 2 | 5 0.05 0.2 0.5
+110 cifar10 | 5 0.5 0 0 | 1 0 0 1 | 5 0 0 1 | 5 0 0.5 1
+110 stl10 | 10 1 0 0 | 20 0.2 5 2 | 20 0.2 5 1 | 20 0.5 10 0.1
+110 svhn | 1 0.1 0 0 | 5 0 0.5 0 | 5 0 0.5 2 | 5 0.2 0.5 1
+"""
+BALANCED_SCALES = {
+    (32, 2): (5, 0.1, 0, 0), (32, 3): (5, 0, 5, 0.1), (32, 4): (5, 0, 0, 0.1),
+    (32, 8): (5, 0, 0, 2),
+    (110, 2): (5, 0.1, 0, 0), (110, 3): (5, 0, 5, 0.1), (110, 4): (5, 0, 0, 0.1),
+}  # fmt: skip
+
+
+def test_loss_scales_are_the_published_ones():
+    for line in PUBLISHED_SCALES.strip().splitlines():
+        net, *cells = line.split(" | ")
+        layers, dataset = net.split()
+        for K, cell in zip((2, 4, 8, 16), cells, strict=True):
+            expected = tuple(float(x) for x in cell.split())
+            assert published_loss_scale(int(layers), K, dataset) == expected
+    for (layers, K), expected in BALANCED_SCALES.items():
+        assert published_loss_scale(layers, K, "cifar10", balanced_memory=True) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from memory import LiveBytes, PeakMemory, readable
+from models import build_network
+from train import tensors_alive
 
 KIB = 1024
 
@@ -72,6 +74,29 @@ def test_peak_of_a_run_is_of_the_first_two_full_steps():
             zeros(kib)
     assert peak.bytes == 7 * KIB
     assert "live tensor" in peak.how
+
+
+def test_peak_of_a_run_is_the_higher_of_its_steps():
+    peak = PeakMemory(torch.device("cpu"))
+    for kib in (7, 5):
+        with peak.step(8, list):
+            zeros(kib)
+    assert peak.bytes == 7 * KIB
+
+
+def test_weights_statistics_momentum_and_batch_are_alive_before_a_step():
+    network = build_network(layers=8, local_module_num=2, context_mode="E")
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in network.local_modules
+    ]
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    for optimizer, _ in zip(optimizers, network.local_steps(images, targets), strict=True):
+        optimizer.step()
+    alive = tensors_alive(network, optimizers, images, targets)
+    weights = sum(network.parameter_counts().values())
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    statistics = sum(2 * 4 * m.num_features + 8 for m in norms)
+    assert sum(t.nbytes for t in alive) == 2 * 4 * weights + statistics + 4 * 2 * 3 * 1024 + 2 * 8
 
 
 def test_peak_counts_what_is_alive_before_the_step():

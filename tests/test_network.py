@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import losses
 from configs import BALANCED_CUTS, EQUAL_CUTS, InputError, choose_cuts, unit_names
+from memory import LiveBytes
 from models import build_network
 from models.auxiliary import auxiliary_head
 
@@ -26,6 +27,20 @@ def tiny_batch(count=6, size=12):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
     return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def test_nothing_outlives_its_last_use():
+    """Live bytes where a module's forward ends, by hand: weights and what autograd holds apart."""
+    network = tiny(context_mode="R1", layers=8)
+    images, _ = tiny_batch()
+    held = []
+    with torch.no_grad(), LiveBytes([*network.parameters(), *network.buffers(), images]) as meter:
+        start = meter.live
+        for _, h_out in network.features(images):
+            held.append((meter.live - start) // h_out[0, 0].nbytes)
+    # In maps of 6 images and the size of h_out: h_out itself and the one window entry, h_in (the
+    # image, which is counted in `start`, for module 0).
+    assert held == [16 * 6, (16 + 16) * 6, (32 + 16 * 4) * 6, (64 + 32 * 4) * 6]
 
 
 def plain_forward(network, mode, x):
@@ -144,6 +159,25 @@ def test_parameter_counts_by_hand():
     }
 
 
+def test_widths_follow_the_options():
+    network = build_network(
+        layers=8, local_module_num=2, context_mode="E", local_loss_mode="contrast",
+        h_reconstruct=True, loss_scale=(1, 1, 1, 1), aux_net_widen=0.55, aux_net_feature_dim=65,
+    )  # fmt: skip
+    first, second = network.local_modules  # 12w = 6.6, 32w = 17.6, f*w = 35.75
+    assert (second.context["image"][0].out_channels, first.decoder[0].out_channels) == (6, 6)
+    assert first.head[0].out_channels == 17
+    assert [x.out_features for x in first.head if isinstance(x, nn.Linear)] == [35, 65]
+
+
+def test_each_module_has_the_weights_of_its_balanced_row():
+    network = build_network(
+        layers=32, local_module_num=4, balanced_memory=True, h_reconstruct=True, dataset="cifar10"
+    )
+    weights = [m.loss_weights for m in network.local_modules[:-1]]
+    assert weights == [pytest.approx(w) for w in [(5, 0), (2.5, 0.05), (0, 0.1)]]
+
+
 @pytest.mark.parametrize(
     ("config", "widen", "convs", "linears"),
     [
@@ -167,6 +201,42 @@ def test_auxiliary_head_layers_by_hand(config, widen, convs, linears):
 def test_auxiliary_head_width_and_stride_follow_the_channels(channels, width, stride):
     conv = auxiliary_head(channels, 10)[0]
     assert (conv.out_channels, conv.stride, conv.bias) == (width, (stride, stride), None)
+
+
+EQUAL = """
+32 2: 2,1
+32 3: 1,4 2,4
+32 4: 1,2 2,1 3,0
+32 8: 1,0 1,2 1,4 2,1 2,3 3,0 3,2
+32 16: 0,0 1,0 1,1 1,2 1,3 1,4 2,0 2,1 2,2 2,3 2,4 3,0 3,1 3,2 3,3
+110 2: 2,8
+110 3: 1,17 2,17
+110 4: 1,11 2,7 3,3
+110 8: 1,4 1,11 2,0 2,7 2,14 3,3 3,10
+110 16: 1,1 1,4 1,7 1,10 1,13 1,16 2,1 2,4 2,7 2,11 2,15 3,1 3,5 3,9 3,13
+"""
+BALANCED = """
+110 2 cifar10: 1,14
+110 3 cifar10: 1,9 2,2
+110 4 cifar10: 1,6 1,14 2,8
+110 2 stl10: 1,14
+110 3 stl10: 1,8 2,1
+110 4 stl10: 1,6 1,14 2,8
+32 2 cifar10: 1,3
+32 4 cifar10: 1,2 1,4 2,2
+32 8 cifar10: 1,1 1,2 1,3 2,1 2,2 3,1 3,2
+32 16 cifar10: 0,0 1,0 1,1 1,2 1,3 1,4 2,0 2,1 2,2 2,3 2,4 3,0 3,1 3,2 3,3
+"""
+
+
+@pytest.mark.parametrize("line", (EQUAL + BALANCED).split("\n"))
+def test_cuts_are_the_published_ones(line):
+    if line:
+        net, cuts = line.split(": ")
+        layers, K, *dataset = net.split()
+        expected = [tuple(int(x) for x in cut.split(",")) for cut in cuts.split()]
+        found = choose_cuts(int(layers), int(K), *(dataset or ["svhn"]), bool(dataset))
+        assert found == expected
 
 
 def test_published_cuts_are_cuts():
@@ -222,6 +292,17 @@ def test_modules_end_at_their_cuts():
         ({"droprate": math.nan}, "droprate"),
         ({"image_size": 3}, "image_size"),
         ({"num_classes": 0}, "num_classes"),
+        ({"context_mode": None}, "unknown context_mode None"),
+        ({"context_mode": "R" + "9" * 5000}, "unknown context_mode"),
+        ({"aux_net_config": 12}, "unknown aux_net_config 12"),
+        ({"dataset": []}, "unknown dataset"),
+        ({"local_loss_mode": {}}, "unknown local_loss_mode"),
+        ({"loss_scale": 5, "h_reconstruct": True}, "four numbers"),
+        ({"aux_net_widen": 1e30}, "aux_net_widen must be"),
+        ({"aux_net_widen": "1"}, "aux_net_widen must be"),
+        ({"h_reconstruct": "False"}, "h_reconstruct must be True or False"),
+        ({"balanced_memory": None}, "balanced_memory must be True or False"),
+        ({"layers": "32"}, "layers must be a whole number"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_sentence(options, message):

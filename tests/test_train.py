@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import fill
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -31,8 +33,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load = train.load_dataset
 
-    def load_less(*args):
-        data = load(*args)
+    def load_less(*args, **options):
+        data = load(*args, **options)
         return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
 
     monkeypatch.setattr(train, "load_dataset", load_less)
@@ -110,28 +112,53 @@ def assert_same_state(a, b):
         assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-def test_the_training_is_the_plain_loop(monkeypatch, capsys):
-    """Against SGD over the whole network on the sum of the losses, in a loop of its own."""
-    main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--epochs", "2", "--output_dir", "run")
+@pytest.mark.parametrize(
+    ("options", "rates", "augment"),
+    [
+        (["--lr", "0.5", "--epochs", "2"], [0.01, 0.0], True),
+        (["--no-cos_lr", "--no-augment", "--lr", "0.3"], [0.3, 0.03, 0.003], False),
+        (["--warmup_epochs", "2", "--no-cos_lr"], [0.01, (0.01 + 0.01) / 2, 0.001], True),
+    ],
+)
+def test_training_is_the_plain_loop(monkeypatch, capsys, options, rates, augment):
+    """Against one SGD over the whole network on each module's loss, bit for bit; K = 4."""
+    method = ["--layers", "8", "--local_module_num", "4", "--context_mode", "R1E"]
+    main(monkeypatch, capsys, *TINY, *method, *options, "--output_dir", "run")
     torch.manual_seed(5)
-    network = models.build_network(layers=8, local_module_num=2, context_mode="E", dataset="digits")
+    network = models.build_network(
+        layers=8, local_module_num=4, context_mode="R1E", dataset="digits"
+    )
     optimizer = torch.optim.SGD(
         network.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
     data = train.load_dataset("digits", "unused", 32, 2)
-    batches = train.Batches(
-        data.train, train.DATASETS["digits"], 16, torch.device("cpu"),
-        seed=5, augment=True, shuffle=True,
-    )  # fmt: skip
-    for epoch, lr in ((1, 0.01), (2, 0.0)):
+    cpu, digits = torch.device("cpu"), train.DATASETS["digits"]
+    batches = train.Batches(data.train, digits, 16, cpu, seed=5, augment=augment, shuffle=True)
+    metrics = metrics_of("run")
+    for epoch, (m, lr) in enumerate(zip(metrics, rates, strict=True), start=1):
         optimizer.param_groups[0]["lr"] = lr
-        for images, targets in batches.epoch(epoch):
+        total, wrong = torch.zeros(4), 0
+        network.train()
+        for images, targets in batches.epoch(epoch):  # of 16 and 4 samples
             optimizer.zero_grad()
-            network.local_step(images, targets)
+            logits, local_losses = network.local_step(images, targets)
             optimizer.step()
+            total += torch.stack(local_losses) * len(targets)
+            wrong += int((logits.argmax(1) != targets).sum())
+        assert m["lr"] == pytest.approx(lr, abs=1e-12)
+        assert m["local_losses"] == pytest.approx((total / 20).tolist(), rel=1e-5)
+        assert m["train_error"] == pytest.approx(100 * wrong / 20)
+
+        images, targets = data.test.images / 127.5 - 1, data.test.targets
+        with torch.no_grad():
+            outputs = [m.head(h) for m, h in network.eval().features(images)]
+        errors = [100 * float((o.argmax(1) != targets).double().mean()) for o in outputs]
+        assert m["test_errors"] == pytest.approx(errors)
+        loss = float(torch.nn.functional.cross_entropy(outputs[-1], targets))
+        assert m["test_loss"] == pytest.approx(loss, rel=1e-4)
     state = read_checkpoint("run/checkpoint.pt").state_dict
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(state[name], value)
+        assert torch.equal(state[name], value), name
 
 
 # Resume and evaluate
@@ -227,7 +254,7 @@ def test_official_checkpoint_is_evaluated(monkeypatch, capsys):
 def test_official_checkpoint_is_resumed_with_its_momentum(monkeypatch, capsys):
     network, names, parameters = official_checkpoint("official.pt")
     checkpoint = read_checkpoint("official.pt")
-    assert (checkpoint.epoch, checkpoint.best_error) == (2, 7.0)
+    assert (checkpoint.epoch, checkpoint.official) == (2, True)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.local_modules]
     train.load_momentum(optimizers, network, checkpoint)
     for name, momentum in train.momentum_by_name(optimizers, network).items():
@@ -239,7 +266,21 @@ def test_official_checkpoint_is_resumed_with_its_momentum(monkeypatch, capsys):
     )  # fmt: skip
     assert status == 0
     assert [m["epoch"] for m in metrics_of("run")] == [3]
-    assert json.loads(Path("run/summary.json").read_text())["error_best"] <= 7.0
+    best = json.loads(Path("run/summary.json").read_text())["error_best"]
+    assert best == metrics_of("run")[0]["test_error"]
+    assert Path("run/model_best.pt").exists()
+
+
+def test_momentum_of_another_architecture_is_refused(monkeypatch, capsys):
+    official_checkpoint("official.pt")
+    contents = torch.load("official.pt")
+    contents["optimizer"]["state"][2]["momentum_buffer"] = torch.zeros(3)
+    torch.save(contents, "official.pt")
+    status, _, err = main(
+        monkeypatch, capsys, *TINY, "--context_mode", "E", "--resume", "official.pt"
+    )
+    assert (status, len(err)) == (2, 1)
+    assert "momentum of" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +289,7 @@ def test_official_checkpoint_is_resumed_with_its_momentum(monkeypatch, capsys):
         (["--context_mode", "R1"], "another architecture: local_modules.1.context.recent_0"),
         (["--layers", "14"], "another architecture"),
         (["--aux_net_config", "2c2f"], "another architecture"),
+        (["--aux_net_feature_dim", "64"], "is [128, 32] and should be [64, 32]"),
     ],
 )
 @pytest.mark.parametrize("file", ["official.pt", "run/checkpoint.pt"])
@@ -275,25 +317,67 @@ class Malicious:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "empty", "other", "pickle", "official", "folder"])
-def test_what_is_no_checkpoint_is_refused(monkeypatch, capsys, kind):
-    path = Path("file.pt")
+def write_no_checkpoint(path, kind):
+    """A file that is like a checkpoint in all but one way."""
     official_checkpoint(path)
+    own = read_checkpoint(path)._asdict() | {"format": "contsup-1"}
+    own.pop("official")
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:-5000])
-    elif kind in ("text", "empty"):
-        path.write_text("no checkpoint" if kind == "text" else "")
-    elif kind == "other":
+    elif kind in ("text", ""):
+        path.write_text(kind)
+    elif kind == "list":
         torch.save([1, 2], path)
     elif kind == "pickle":
         torch.save(Malicious(), path)
-    elif kind == "official":
+    elif kind == "other names":
         official_checkpoint(path, state_dict={"encoder.weight": torch.zeros(2)})
+    elif kind == "numbers for tensors":
+        official_checkpoint(path, state_dict={"conv1.weight": 3})
     else:
-        path = Path(".")
-    status, _, err = main(monkeypatch, capsys, *TINY, "--evaluate", str(path))
-    assert (status, len(err)) == (2, 1)
+        torch.save(own | {kind: None}, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cut", "text", "", "list", "pickle", "other names", "numbers for tensors",
+     "epoch", "state_dict", "momentum", "options", "classes"],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_refused(monkeypatch, capsys, kind):
+    write_no_checkpoint(Path("file.pt"), kind)
+    for option in ("--evaluate", "--resume"):
+        status, _, err = main(monkeypatch, capsys, *TINY, option, "file.pt")
+        assert (status, len(err)) == (2, 1)
     assert not Path("executed").exists()
+
+
+def test_a_folder_is_no_checkpoint(monkeypatch, capsys):
+    status, _, err = main(monkeypatch, capsys, *TINY, "--evaluate", ".")
+    assert (status, len(err)) == (2, 1)
+
+
+def test_folder_run_is_evaluated_without_its_training_images(monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            Path("images", part, name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(Path("images", part, name, f"{i}.png"))
+    arguments = [*TINY, "--dataset", "folder", "--data_dir", "images", "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *arguments)[0] == 0
+    assert json.loads(Path("run/summary.json").read_text())["device"] == "cpu"
+    Path("images/train").rename("images/unused")
+    status, out, _ = main(monkeypatch, capsys, "--evaluate", "run/checkpoint.pt")
+    assert status == 0
+    assert f"test error {metrics_of('run')[-1]['test_error']:.2f} %, " in out[-1]
+    assert read_checkpoint("run/checkpoint.pt").state_dict["local_modules.1.head.2.bias"].shape == (
+        2,
+    )
+    Path("images/test/bee").rename("images/test/wasp")
+    status, _, err = main(monkeypatch, capsys, "--evaluate", "run/checkpoint.pt")
+    assert (status, len(err)) == (2, 1)
+    assert "other classes (ant, bee) than the data have (ant, wasp)" in err[0]
 
 
 # Nothing is overwritten
@@ -333,6 +417,35 @@ def test_an_unfinished_run_is_not_overwritten(monkeypatch, capsys):
     assert (status, len(err)) == (2, 1)
     assert "continue it with --resume run/checkpoint.pt" in err[0]
     assert snapshot("run") == before
+
+
+def test_a_run_that_lacks_but_its_summary_gets_it(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    before = json.loads(Path("run/summary.json").read_text())
+    Path("run/summary.json").unlink()
+    assert main(monkeypatch, capsys, "--resume", "run/checkpoint.pt")[0] == 0
+    assert json.loads(Path("run/summary.json").read_text()) == before
+
+
+def test_nothing_left_to_train_is_said(monkeypatch, capsys):
+    main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    status, _, err = main(
+        monkeypatch, capsys, "--resume", "run/checkpoint.pt", "--output_dir", "more"
+    )
+    assert (status, len(err)) == (2, 1)
+    assert "3 of 3 epochs are done" in err[0]
+    assert not Path("more").exists()
+
+
+def test_a_decoder_run_with_its_own_scales_goes_on(monkeypatch, capsys):
+    undo = cut_off_after(monkeypatch, 2)
+    scales = ["--h_reconstruct", "--loss_scale", "2", "1", "0", "0"]
+    with pytest.raises(StopHere):
+        main(monkeypatch, capsys, *TINY, *scales, "--output_dir", "run")
+    undo()
+    assert main(monkeypatch, capsys, "--resume", "run/checkpoint.pt")[0] == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["config"]["loss_scale"] == [2, 1, 0, 0]
 
 
 def test_resuming_a_finished_run_says_so(monkeypatch, capsys):
@@ -402,7 +515,7 @@ PUBLISHED = [
 
 def test_published_options():
     options = options_of(
-        *PUBLISHED, "--droprate", "0.0", "--no-augment", "--checkpoint", "ck", "--resume", "",
+        *PUBLISHED, "--droprate", "0.0", "--no-augment", "--checkpoint", "ck",
         "--name", "n", "--no", "2", "--print-freq", "5", "-p", "7", "--cos_lr", "--balanced_memory",
         "--aux_net_config", "1c2f", "--aux_net_widen", "1", "--aux_net_feature_dim", "128",
         "--h_reconstruct",
@@ -437,6 +550,8 @@ def test_booleans_mean_what_they_say(arguments, expected):
         (["--cos_lr"], True),
         (["--cos_lr", "False"], False),
         (["--no-cos_lr"], False),
+        (["--no-cos_lr", "True"], False),
+        (["--no-cos_lr", "False"], True),
     ],
 )
 def test_cosine_is_on_unless_switched_off(arguments, expected):
@@ -450,8 +565,14 @@ def test_cosine_is_on_unless_switched_off(arguments, expected):
         (["--context-mode", "E"], "did you mean --context_mode?"),
         (["--h_reconstruct", "maybe"], "'maybe' is neither True nor False"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["--epochs", "0"], "not a whole number of 1 or more"),
-        (["--batch_size", "1"], "not a whole number of 2 or more"),
+        (["--epochs", "0"], "not a whole number of 1 to"),
+        (["--batch_size", "1"], "not a whole number of 2 to"),
+        (["--epochs", "\u0668"], "not a whole number"),
+        (["--aux_net_feature_dim", "999999999999"], "not a whole number of 1 to 65536"),
+        (["--aux_net_widen", "1e300"], "not a number above 0"),
+        (["--resume", ""], "the name is empty"),
+        (["--evaluate", ""], "the name is empty"),
+        (["--output_dir", ""], "the name is empty"),
         (["--lr", "nan"], "not a number above 0"),
         (["--lr", "fast"], "not a number above 0"),
         (["--device", "gpu"], "none of auto, cpu, cuda, cuda:N"),
@@ -465,7 +586,7 @@ def test_cosine_is_on_unless_switched_off(arguments, expected):
         (["--h_reconstruct", "--local_module_num", "3"], "needs loss scales"),
         (["--resume", "a.pt", "--evaluate", "b.pt"], "give one of them"),
         (["--resume", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
-        (["--dataset", "folder", "--data_dir", "nowhere"], "no images to train on in nowhere"),
+        (["--dataset", "folder", "--data_dir", "nowhere"], "cannot read the images in nowhere"),
         (["--image_size", "64"], "image_size is for folder"),
         (["--output_dir", "file"], "is a file"),
         (["--output_dir", "file/run"], "cannot write the run folder"),
@@ -541,6 +662,31 @@ def test_run_names_differ_with_the_options():
     assert len(names | {usual}) == len(others) + 1
 
 
+def test_step_lines_come_every_print_freq_steps(monkeypatch, capsys):
+    arguments = [*TINY, "--epochs", "1", "--batch_size", "2"]  # 10 steps
+    for freq, steps in (("4", [4, 8, 10]), ("5", [5, 10]), ("100", [10])):
+        _, out, _ = main(monkeypatch, capsys, *arguments, "-p", freq, "--no", freq)
+        shown = [int(line.split(" step ")[1].split("/")[0]) for line in out if " step " in line]
+        assert shown == steps
+
+
+@pytest.mark.parametrize(
+    ("dataset", "batch_size", "lr", "classes", "image_size"),
+    [
+        ("cifar10", 1024, 0.8, 10, 32),
+        ("cifar100", 1024, 0.8, 100, 32),
+        ("svhn", 1024, 0.8, 10, 32),
+        ("stl10", 128, 0.1, 10, 96),
+        ("digits", 128, 0.1, 10, 32),
+        ("folder", 1024, 0.8, None, 32),
+    ],
+)
+def test_defaults_of_the_data_sets(dataset, batch_size, lr, classes, image_size):
+    options = options_of("--dataset", dataset)
+    assert (options.batch_size, options.lr, options.image_size) == (batch_size, lr, image_size)
+    assert train.DATASETS[dataset].classes == classes
+
+
 # Learning rate
 
 
@@ -559,6 +705,10 @@ def test_published_cosine_by_hand(epoch, expected):
     assert train.learning_rate(epoch, 160, 0.8, 10, cosine=True) == pytest.approx(
         expected, abs=1e-12
     )
+
+
+def test_warm_up_never_starts_above_the_rate():
+    assert train.learning_rate(1, 160, 0.001, 10, cosine=True) == 0.001
 
 
 def test_published_steps_by_hand():
