@@ -73,24 +73,19 @@ def build_network(
         layers=layers, local_module_num=local_module_num, image_size=image_size,
         num_classes=num_classes, aux_net_feature_dim=aux_net_feature_dim,
     )  # fmt: skip
+    _check_switches(balanced_memory=balanced_memory, h_reconstruct=h_reconstruct)
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
-    if image_size < SMALLEST_IMAGE:
-        raise InputError(f"image_size must be at least {SMALLEST_IMAGE}, not {image_size}")
-    for name, value in {"balanced_memory": balanced_memory, "h_reconstruct": h_reconstruct}.items():
-        if not isinstance(value, bool):
-            raise InputError(f"{name} must be True or False, not {value!r}")
-    if not (_is_real(droprate) and 0 <= droprate < 1):
-        raise InputError(f"droprate must be at least 0 and below 1, not {droprate!r}")
-    if not (_is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST):
-        raise InputError(
-            f"aux_net_widen must be above 0 and {WIDEST} at most, not {aux_net_widen!r}"
-        )
-
+    _check_range(
+        "image_size", image_size, SMALLEST_IMAGE <= image_size, f"{SMALLEST_IMAGE} or more"
+    )
+    _check_range("droprate", droprate, _is_real(droprate) and 0 <= droprate < 1, "in [0, 1)")
+    widen_fits = _is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST
+    _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
     parse_head_config(aux_net_config)
+
     K = local_module_num
-    units = build_units(layers, droprate)
-    cuts = choose_cuts(layers, K, dataset, balanced_memory)
+    parts = _split(build_units(layers, droprate), choose_cuts(layers, K, dataset, balanced_memory))
     mode = ContextMode.parse(context_mode)
     if mode.recent > K:
         raise InputError(
@@ -104,12 +99,12 @@ def build_network(
 
     task = LOCAL_LOSSES[local_loss_mode]
     modules: list[LocalModule] = []
-    contexts, sources, channels = Contexts(mode, image=3), {}, 3
-    for index, part in enumerate(_split(units, cuts)):
-        supply = ContextSupply(sources, channels, aux_net_widen)
+    contexts, channels = Contexts(mode, image=3), 3
+    for index, part in enumerate(parts):
+        supply = ContextSupply(contexts.named() if index else {}, channels, aux_net_widen)
         if index:
             contexts.push(channels)
-        sources, channels = contexts.named(), channels_after(part)
+        channels = channels_after(part)
         if index == K - 1:
             modules.append(LocalModule(supply, part, real_head(num_classes), CROSS_ENTROPY))
             break
@@ -144,6 +139,17 @@ def _check_counts(**arguments: int) -> None:
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+
+
+def _check_switches(**arguments: bool) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, not {value!r}")
+
+
+def _check_range(name: str, value: float, fits: bool, allowed: str) -> None:
+    if not fits:
+        raise InputError(f"{name} must be {allowed}, not {value!r}")
 
 
 def _check_loss_scale(scale: Scale, h_reconstruct: bool) -> None:
