@@ -77,7 +77,7 @@ def build_network(
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
     _check_range(
-        "image_size", image_size, SMALLEST_IMAGE <= image_size, f"{SMALLEST_IMAGE} or more"
+        "image_size", image_size, image_size >= SMALLEST_IMAGE, f"{SMALLEST_IMAGE} or more"
     )
     _check_range("droprate", droprate, _is_real(droprate) and 0 <= droprate < 1, "in [0, 1)")
     widen_fits = _is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST

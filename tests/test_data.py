@@ -8,6 +8,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import datasets
 
 import dataloaders
@@ -63,6 +64,17 @@ def test_normalise_by_hand(name):
     batches = Batches(Split(images, torch.zeros(2)), DATASETS[name], 2, CPU)
     ((actual, _),) = batches.epoch(0)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_batch_is_made_on_the_device(name):
+    """On fake CUDA tensors, which raise where an operation mixes devices; no GPU is needed."""
+    with FakeTensorMode():
+        split = Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
+        batches = Batches(split, DATASETS[name], 4, torch.device("cuda"), augment=True)
+        for images, targets in batches.epoch(1):
+            assert images.device.type == targets.device.type == "cuda"
+            assert images.shape[1:] == (3, 8, 8)
 
 
 def test_padding_rules_are_the_published_ones():
