@@ -188,10 +188,10 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted by name; InputError where there are none."""
+    """Class -> its image files, both sorted by name, hidden ones left out; InputError if none."""
     where = "data_dir must hold train/<class>/* and test/<class>/*"
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        names = sorted(x.name for x in folder.iterdir() if x.is_dir() and not _is_hidden(x))
         files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in names}
     except OSError as error:
         raise InputError(
@@ -205,7 +205,12 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not _is_hidden(path)
+
+
+def _is_hidden(path: Path) -> bool:
+    """What desktops and notebooks leave behind: .ipynb_checkpoints, ._0.jpg."""
+    return path.name.startswith(".")
 
 
 def _decode(files: dict[str, list[Path]], image_size: int) -> Split:

@@ -1,6 +1,6 @@
 """Checkpoint files: this project's own and the authors' released format.
 
-Both are read into the same `Checkpoint`, by this project's names; only the own format is written.
+Both are read into the same `Checkpoint`; only this project's own is written.
 """
 
 import os
@@ -24,8 +24,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         epoch: epochs done.
-        state_dict: weights and BatchNorm statistics by name.
-        momentum: SGD's momentum by parameter name.
+        state_dict: weights and BatchNorm statistics by the names that the format has for them.
+        momentum: SGD's momentum by parameter name, likewise.
         options: the run's options; empty in the authors' format, which lacks them.
         classes: names of the classes, in the order of the head's outputs; empty likewise.
         official: whether the names are the authors'.

@@ -268,6 +268,8 @@ def folder(tmp_path):
 def test_folder(folder):
     (folder / "train" / "ant" / "notes.txt").write_text("not an image")
     (folder / "train" / "readme.md").write_text("not a class")
+    (folder / "train" / ".checkpoints").mkdir()
+    (folder / "train" / "ant" / "._0.png").write_text("not an image either")
     data = load_dataset("folder", folder, 32)
     assert data.classes == ["ant", "bee", "cat"]
     assert data.train.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
