@@ -89,6 +89,8 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
+            if name == "epoch":
+                continue
             if isinstance(value, list):
                 scalars = {f"{name}/module_{index:02}": v for index, v in enumerate(value)}
             else:

@@ -92,6 +92,7 @@ def test_a_run_leaves_everything(monkeypatch, capsys, loss):
     events = EventAccumulator("run").Reload()
     assert [e.value for e in events.Scalars("epoch/test_error")] == pytest.approx(errors)
     assert len(events.Scalars("local_losses/module_00")) == 3
+    assert "epoch/epoch" not in events.Tags()["scalars"]
     best = read_checkpoint("run/model_best.pt")
     assert best.epoch == errors.index(min(errors)) + 1
     assert any(f"{summary['error_last']:.2f} %" in line for line in out)
