@@ -3,6 +3,7 @@
 Nothing here depends on torch. Every table is followed by the one function that reads it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Cut = tuple[int, int]
@@ -118,11 +119,7 @@ def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False
     Raises InputError for a K that does not fit the depth or has no published balanced cuts.
     """
     units = unit_names(layers)
-    if not 1 <= K <= len(units):
-        raise InputError(
-            f"ResNet-{layers} has {len(units)} units, so local_module_num must be 1 to "
-            f"{len(units)}, not {K}"
-        )
+    _check_module_num(K, layers)
     if K == 1:
         return []
     if balanced_memory:
@@ -137,6 +134,30 @@ def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False
     if (layers, K) in EQUAL_CUTS:
         return list(EQUAL_CUTS[layers, K])
     return [units[len(units) * i // K - 1] for i in range(1, K)]
+
+
+def check_cuts(cuts: Sequence[Cut], layers: int, K: int) -> None:
+    """InputError unless these are K-1 units of a ResNet, in order and without its last."""
+    units = unit_names(layers)
+    _check_module_num(K, layers)
+    if len(cuts) != K - 1:
+        raise InputError(f"{K} modules have {K - 1} cuts between them, but {len(cuts)} are given")
+    places = [units.index(cut) if cut in units[:-1] else -1 for cut in map(tuple, cuts)]
+    if -1 in places:
+        raise InputError(
+            f"a cut of ResNet-{layers} lies after [stage, block] [0, 0] or [1, 0] to "
+            f"{list(units[-2])}, not after {list(cuts[places.index(-1)])}"
+        )
+    if places != sorted(set(places)):
+        raise InputError("cuts go from front to back, each but once")
+
+
+def _check_module_num(K: int, layers: int) -> None:
+    count = len(unit_names(layers))
+    if not 1 <= K <= count:
+        raise InputError(
+            f"ResNet-{layers} has {count} units, so local_module_num must be 1 to {count}, not {K}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

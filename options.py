@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
-from configs import DATASETS, InputError
+from configs import DATASETS, Cut, InputError
 from losses import LOCAL_LOSSES
 from models.checkpoint import Checkpoint, read_checkpoint
 
@@ -67,6 +67,14 @@ def path(text: str) -> str:
     return text
 
 
+def cut(text: str) -> Cut:
+    """`STAGE,BLOCK`."""
+    match = re.fullmatch(r"([0-9]{1,6}),([0-9]{1,6})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no STAGE,BLOCK such as 1,4")
+    return int(match[1]), int(match[2])
+
+
 def device_name(text: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
@@ -116,6 +124,17 @@ def build_parser() -> Parser:
     add("--aux_net_feature_dim", type=whole(1, 65536), default=128, metavar="F",
         help="width of an auxiliary head's hidden linear layers and of its embedding")
     add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the blocks")
+
+    memory = parser.add_argument_group("memory")
+    add = memory.add_argument
+    add("--context_group", type=whole(0), default=16, metavar="C",
+        help="channels of a context encoder that are worked on at a time, its maps made again in "
+        "the backward; 0: all at once, maps kept")
+    add("--recompute", **switch,
+        help="inside a module keep block inputs only, and make the rest again in the backward")
+    add("--cuts", type=cut, nargs="+", metavar="S,B",
+        help="the K-1 cuts, each by the [stage, block] that it lies right after (default: equal "
+        "layers)")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -172,6 +191,7 @@ NETWORK_OPTIONS = (
     "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset", "image_size",
     "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
     "aux_net_feature_dim", "droprate",
+    "context_group", "recompute", "cuts",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
@@ -179,7 +199,10 @@ NOT_OF_THE_RUN = ("resume", "evaluate", "output_dir", "device", "print_freq")
 """Options that say how and where to run, not what: a checkpoint does not hold them."""
 
 NOT_OF_THE_LEARNING = (*NOT_OF_THE_RUN, "data_dir", "checkpoint", "name", "no")
-"""Options that may differ between a run and its continuation."""
+"""Options that say nothing of what is learned."""
+
+MEMORY_ONLY = ("context_group", "recompute")
+"""Options with the same learning and another peak: a continuation may change these as well."""
 
 
 def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None]:
@@ -206,10 +229,15 @@ def as_arguments(options: dict[str, object]) -> list[str]:
     for name, value in options.items():
         if value is not None:
             dashed = f"--{name.replace('_', '-')}" if name == "no_augment" else f"--{name}"
-            arguments += (
-                [dashed, *map(str, value)] if isinstance(value, list) else [f"{dashed}={value}"]
-            )
+            if isinstance(value, list):
+                arguments += [dashed, *map(_as_typed, value)]
+            else:
+                arguments.append(f"{dashed}={value}")
     return arguments
+
+
+def _as_typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from configs import InputError, one_line
 from models.checkpoint import Checkpoint, replacing
-from options import NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
+from options import MEMORY_ONLY, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
 
 
 class RunFolder:
@@ -54,7 +54,8 @@ class RunFolder:
         changed = [
             f"{name} {checkpoint.options.get(name)}, now {value}"
             for name, value in self.options.items()
-            if name not in NOT_OF_THE_LEARNING and checkpoint.options.get(name) != value
+            if name in checkpoint.options.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_ONLY}
+            and checkpoint.options[name] != value
         ]
         if changed:
             raise InputError(f"{what} of other options ({'; '.join(changed)}): {elsewhere}")

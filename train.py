@@ -2,26 +2,23 @@
 
 python train.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mode E
 
-From top to bottom: an epoch of training, an evaluation, what is printed, and `run`, which goes
-through it all: options, network, data, loop.
+From top to bottom: what is printed, and `run`, which goes through it all: options, network, data,
+loop. What an epoch does is in engine.py.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, count_classes, epoch_seed, load_dataset
+from engine import Totals, evaluate, learning_rate, make_optimizers, train_one_epoch
 from memory import PeakMemory, readable
 from models import ContSupNetwork, build_network
 from models.checkpoint import (
@@ -33,107 +30,6 @@ from models.checkpoint import (
 )
 from options import NETWORK_OPTIONS, read_options
 from run_folder import RunFolder, run_folder
-
-# ---------------------------------------------------------------------------------------------
-# One epoch
-
-
-def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
-    """Learning rate of epoch 1 .. epochs (README, equation 11).
-
-    A warm-up from 0.01 (from `lr` if that is less), then a cosine that is 0 at the last epoch, or
-    steps to a tenth after half and after three quarters of the epochs.
-    """
-    if cosine:
-        rate = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
-    else:
-        rate = lr * 0.1 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
-    if epoch <= warmup_epochs:
-        done = (epoch - 1) / warmup_epochs
-        rate = rate * done + min(0.01, lr) * (1 - done)
-    return rate
-
-
-class Totals:
-    """Each module's loss and wrong answers, summed over an epoch.
-
-    The sums stay on the device: adding to them does not wait for it, reading them does.
-    """
-
-    def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
-        self.modules = network.local_modules
-        self.samples = 0
-        self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
-        self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
-
-    def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
-        """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
-        self._losses[index] += loss * len(targets)
-        if self.modules[index].task.classifies:
-            self._wrong[index] += (output.argmax(dim=1) != targets).sum()
-        if index == len(self.modules) - 1:
-            self.samples += len(targets)
-
-    def losses(self) -> list[float]:
-        """Mean loss of each module."""
-        return (self._losses / self.samples).tolist()
-
-    def errors(self) -> list[float | None]:
-        """Error rate of each module's head in percent; None where it does not classify."""
-        errors = (100 * self._wrong / self.samples).tolist()
-        return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
-
-
-def train_one_epoch(
-    network: ContSupNetwork,
-    optimizers: list[torch.optim.SGD],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    peak: PeakMemory,
-    report: Callable[[int, Totals], None],
-) -> Totals:
-    """One pass over `batches` of images (N, 3, H, W) and targets (N,).
-
-    `report(step, totals)` is called after each step, from 1.
-    """
-    network.train()
-    totals = Totals(network, peak.device)
-    for step, (images, targets) in enumerate(batches, start=1):
-        alive = partial(tensors_alive, network, optimizers, images, targets)
-        with peak.step(len(targets), alive):
-            for index, local in enumerate(network.local_steps(images, targets)):
-                optimizers[index].step()
-                optimizers[index].zero_grad(set_to_none=True)
-                totals.add(index, local.loss, local.output, targets)
-        report(step, totals)
-    return totals
-
-
-@torch.no_grad()
-def evaluate(
-    network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Totals:
-    """Cross entropy and error of every head that classifies; the network's own are the last.
-
-    `batches` are of images (N, 3, H, W) and targets (N,).
-    """
-    network.eval()
-    totals = Totals(network, device)
-    for images, targets in batches:
-        for index, (module, h_out) in enumerate(network.features(images)):
-            if module.task.classifies:
-                output = module.head(h_out)
-                totals.add(index, F.cross_entropy(output, targets), output, targets)
-    return totals
-
-
-def tensors_alive(
-    network: ContSupNetwork, optimizers: list[torch.optim.SGD], *batch: Tensor
-) -> list[Tensor]:
-    """What exists before a step: weights, statistics, momentum and the batch."""
-    momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]
-    kept = [*network.parameters(), *network.buffers(), *momentum, *batch]
-    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
-
 
 # ---------------------------------------------------------------------------------------------
 # For people
@@ -296,10 +192,7 @@ def train(
     classes: list[str],
 ) -> None:
     """All epochs that are left, from `checkpoint` where there is one, and the summary."""
-    optimizers = [
-        torch.optim.SGD(module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        for module in network.local_modules
-    ]
+    optimizers = make_optimizers(network)
     if checkpoint is not None:
         load_momentum(optimizers, network, checkpoint)
     epochs_done = checkpoint.epoch if checkpoint is not None else 0

@@ -11,6 +11,7 @@ from configs import (
     Cut,
     InputError,
     Scale,
+    check_cuts,
     choose_cuts,
     loss_weights,
     published_loss_scale,
@@ -45,6 +46,9 @@ def build_network(
     aux_net_feature_dim: int = 128,
     droprate: float = 0.0,
     loss_scale: Scale | None = None,
+    context_group: int = 16,
+    recompute: bool = False,
+    cuts: Sequence[Cut] | None = None,
 ) -> ContSupNetwork:
     """A ResNet cut into local modules, initialised from torch's global generator.
 
@@ -65,6 +69,10 @@ def build_network(
         aux_net_config, aux_net_widen, aux_net_feature_dim: see `auxiliary_head`.
         droprate: dropout inside the blocks, in [0, 1).
         loss_scale: (ixx_1, ixy_1, ixx_2, ixy_2) for the decoders instead of the published row.
+        context_group: channels of a context encoder that are worked on at a time, its maps made
+            again in the backward; 0 runs the plain layers, all at once, and keeps their maps.
+        recompute: keep only the inputs of the units and make the rest again in the backward.
+        cuts: K-1 [stage, block] of your own, in order, instead of equal or balanced ones.
     Raises:
         ValueError: an argument is out of range or does not fit the others; the message is a
             sentence that says what would be right.
@@ -73,7 +81,9 @@ def build_network(
         layers=layers, local_module_num=local_module_num, image_size=image_size,
         num_classes=num_classes, aux_net_feature_dim=aux_net_feature_dim,
     )  # fmt: skip
-    _check_switches(balanced_memory=balanced_memory, h_reconstruct=h_reconstruct)
+    _check_switches(
+        balanced_memory=balanced_memory, h_reconstruct=h_reconstruct, recompute=recompute
+    )
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
     _check_range(
@@ -82,10 +92,16 @@ def build_network(
     _check_range("droprate", droprate, _is_real(droprate) and 0 <= droprate < 1, "in [0, 1)")
     widen_fits = _is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST
     _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
+    group_fits = _is_whole(context_group) and context_group >= 0
+    _check_range("context_group", context_group, group_fits, "a whole number of at least 0")
     parse_head_config(aux_net_config)
 
     K = local_module_num
-    parts = _split(build_units(layers, droprate), choose_cuts(layers, K, dataset, balanced_memory))
+    if cuts is None:
+        cuts = choose_cuts(layers, K, dataset, balanced_memory)
+    else:
+        check_cuts(cuts, layers, K)
+    parts = _split(build_units(layers, droprate), cuts)
     mode = ContextMode.parse(context_mode)
     if mode.recent > K:
         raise InputError(
@@ -101,38 +117,41 @@ def build_network(
     modules: list[LocalModule] = []
     contexts, channels = Contexts(mode, image=3), 3
     for index, part in enumerate(parts):
-        supply = ContextSupply(contexts.named() if index else {}, channels, aux_net_widen)
+        sources = contexts.named() if index else {}
+        supply = ContextSupply(sources, channels, aux_net_widen, context_group)
         if index:
             contexts.push(channels)
         channels = channels_after(part)
         if index == K - 1:
-            modules.append(LocalModule(supply, part, real_head(num_classes), CROSS_ENTROPY))
+            head = real_head(num_classes)
+            modules.append(LocalModule(supply, part, head, CROSS_ENTROPY, recompute=recompute))
             break
         outputs = num_classes if task.classifies else aux_net_feature_dim
         head = auxiliary_head(channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim)
         decoding = ()
         if loss_scale is not None:
             decoding = Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K)
-        modules.append(LocalModule(supply, part, head, task, *decoding))
+        modules.append(LocalModule(supply, part, head, task, *decoding, recompute=recompute))
 
     network = ContSupNetwork(modules, mode, dataset)
     initialise(network)
     return network
 
 
-def _split(units: dict[Cut, nn.Module], cuts: list[Cut]) -> list[dict[Cut, nn.Module]]:
+def _split(units: dict[Cut, nn.Module], cuts: Sequence[Cut]) -> list[dict[Cut, nn.Module]]:
     """The units, in order, as one part a module; each cut lies right after the unit it names."""
     parts: list[dict[Cut, nn.Module]] = [{}]
+    after = {tuple(cut) for cut in cuts}
     for name, unit in units.items():
         parts[-1][name] = unit
-        if name in cuts:
+        if name in after:
             parts.append({})
     return parts
 
 
 def _check_counts(**arguments: int) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
@@ -158,6 +177,10 @@ def _check_loss_scale(scale: Scale, h_reconstruct: bool) -> None:
     four = isinstance(scale, Sequence) and len(scale) == 4
     if not four or not all(_is_real(x) and 0 <= x < math.inf for x in scale):
         raise InputError(f"loss_scale must be four numbers of at least 0, not {scale!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_real(value: object) -> bool:

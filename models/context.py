@@ -4,11 +4,11 @@ import re
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import InputError
 from models.auxiliary import scaled_width
+from models.grouped import encode_in_groups, pool
 
 T = TypeVar("T")
 
@@ -54,8 +54,23 @@ class Contexts(Generic[T]):
         self._window.appendleft(h_in)
 
 
-class ImageEncoder(nn.Sequential):
-    """M_E: image (N, 3, H, W) -> (N, channels, *size); two convs at full size, then a pool."""
+class Encoder(nn.Sequential):
+    """Conv-BN-ReLU layers at a context's own size, then an average pool to the cut's size."""
+
+    def forward(self, source: Tensor, size: tuple[int, int], group: int = 0) -> Tensor:
+        """Context (N, from_channels, H, W) -> (N, channels, *size).
+
+        With `group` > 0 the last layer runs that many channels at a time, and the backward computes
+        the maps again; with 0 it is the plain layers, which keep theirs.
+        """
+        if group:
+            convs_and_norms = list(zip(list(self)[::3], list(self)[1::3], strict=True))
+            return encode_in_groups(convs_and_norms, source, tuple(size), group)
+        return pool(super().forward(source), size)
+
+
+class ImageEncoder(Encoder):
+    """M_E: image (N, 3, H, W) -> (N, channels, *size); two 3x3 convs."""
 
     def __init__(self, channels: int, widen: float = 1.0) -> None:
         width = scaled_width(12, widen)
@@ -68,12 +83,9 @@ class ImageEncoder(nn.Sequential):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.adaptive_avg_pool2d(super().forward(image), size)
 
-
-class RecentEncoder(nn.Sequential):
-    """M_R: earlier module input (N, from_channels, H, W) -> (N, channels, *size)."""
+class RecentEncoder(Encoder):
+    """M_R: earlier module input (N, from_channels, H, W) -> (N, channels, *size); a 1x1 conv."""
 
     def __init__(self, from_channels: int, channels: int) -> None:
         super().__init__(
@@ -82,9 +94,6 @@ class RecentEncoder(nn.Sequential):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, h_in: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.adaptive_avg_pool2d(super().forward(h_in), size)
-
 
 class ContextSupply(nn.ModuleDict):
     """Adds each named context, encoded, to the features that enter a module (README, equation 1).
@@ -92,7 +101,9 @@ class ContextSupply(nn.ModuleDict):
     The encoders belong to the module they supply and train on its loss. Module 0 has none.
     """
 
-    def __init__(self, sources: dict[str, int], channels: int, widen: float = 1.0) -> None:
+    def __init__(
+        self, sources: dict[str, int], channels: int, widen: float = 1.0, group: int = 16
+    ) -> None:
         super().__init__(
             {
                 name: ImageEncoder(channels, widen)
@@ -101,9 +112,12 @@ class ContextSupply(nn.ModuleDict):
                 for name, from_channels in sources.items()
             }
         )
+        self.group = group
 
     def forward(self, h: Tensor, contexts: dict[str, Tensor]) -> Tensor:
         """h (N, C, S, S) and the contexts, all detached -> h_in (N, C, S, S)."""
         for name, encoder in self.items():
-            h = h + encoder(contexts[name], h.shape[-2:])
+            context = encoder(contexts[name], h.shape[-2:], self.group)
+            # In groups the context is nobody else's; a plain encoder's ReLU has saved it.
+            h = context.add_(h) if self.group else h + context
         return h

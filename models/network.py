@@ -10,10 +10,13 @@ import losses
 from configs import DATASETS, Cut
 from models.auxiliary import Decoder
 from models.context import ContextMode, Contexts, ContextSupply
+from models.recompute import keep_input_only
 
 
 class LocalModule(nn.Module):
     """The part of a network between two cuts, with all that trains on its loss.
+
+    `index` is its place in the network, from 0.
 
     Args:
         context: what is added to the features that enter.
@@ -22,6 +25,7 @@ class LocalModule(nn.Module):
         task: what the head trains on.
         decoder: reconstructs the image from the module's output, or None.
         loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
+        recompute: keep the units' inputs for the backward, and nothing in between.
     """
 
     def __init__(
@@ -32,8 +36,10 @@ class LocalModule(nn.Module):
         task: losses.TaskLoss,
         decoder: Decoder | None = None,
         loss_weights: tuple[float, float] = (0.0, 1.0),
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.index = 0
         self.unit_names = list(units)
         self.context = context
         self.units = nn.Sequential(*units.values())
@@ -41,10 +47,14 @@ class LocalModule(nn.Module):
         self.task = task
         self.decoder = decoder
         self.loss_weights = loss_weights
+        self.recompute = recompute
 
     def forward(self, h_in: Tensor) -> Tensor:
         """Features with context (N, C, S, S) -> h_out of the last unit."""
-        return self.units(h_in)
+        h = h_in
+        for unit in self.units:
+            h = keep_input_only(unit, h) if self.recompute else unit(h)
+        return h
 
     def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Local loss and the head's output (README, equations 6 to 9).
@@ -82,6 +92,8 @@ class ContSupNetwork(nn.Module):
     def __init__(self, modules: list[LocalModule], mode: ContextMode, dataset: str) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
+        for index, module in enumerate(modules):
+            module.index = index
         self.mode = mode
         self.dataset = dataset
 
@@ -113,7 +125,9 @@ class ContSupNetwork(nn.Module):
         """Train step, module by module: forward, its loss, backward, then on to the next.
 
         Each item comes as soon as the module's gradients are there (they add to what `.grad`
-        holds), so that the caller can step and free them before the next module runs.
+        holds), so that the caller can step and free them before the next module runs. Let go of
+        the item as well: then nothing of a module is alive in the next one's turn but its
+        features and what the window holds.
 
         Args:
             images: (N, 3, H, W), normalised, N >= 2.
@@ -123,9 +137,9 @@ class ContSupNetwork(nn.Module):
         for module, h_out in self.features(images):
             loss, output = module.loss(h_out, targets, pixels)
             loss.backward()
-            step = LocalStep(module, output.detach(), loss.detach())
+            step = [LocalStep(module, output.detach(), loss.detach())]
             del h_out, loss, output
-            yield step
+            yield step.pop()  # handed over: a local variable would keep it for another module
 
     def local_step(
         self,
@@ -147,7 +161,9 @@ class ContSupNetwork(nn.Module):
             local_losses.append(step.loss)
             if after_backward is not None:
                 after_backward(step.module)
-        return step.output, local_losses
+            logits = step.output
+            del step
+        return logits, local_losses
 
     def pixels(self, images: Tensor) -> Tensor | None:
         """Un-normalised images in [0, 1], the decoders' target; None where nothing decodes."""

@@ -21,7 +21,7 @@ class Stem(nn.Module):
         self.bn1 = nn.BatchNorm2d(STAGE_CHANNELS[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
 
 
 class BasicBlock(nn.Module):
@@ -41,9 +41,10 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.dropout(F.relu(self.bn1(self.conv1(x))))
+        out = self.dropout(F.relu(self.bn1(self.conv1(x)), inplace=True))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.downsample(x))
+        out += self.downsample(x)
+        return F.relu(out, inplace=True)
 
 
 def build_units(layers: int, droprate: float = 0.0) -> dict[Cut, nn.Module]:

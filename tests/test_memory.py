@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from engine import tensors_alive
 from memory import LiveBytes, PeakMemory, readable
 from models import build_network
-from train import tensors_alive
 
 KIB = 1024
 

@@ -13,6 +13,7 @@ from golden import fill
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine
 import models
 import train
 from models.checkpoint import read_checkpoint
@@ -703,18 +704,18 @@ def test_defaults_of_the_data_sets(dataset, batch_size, lr, classes, image_size)
     ],
 )
 def test_published_cosine_by_hand(epoch, expected):
-    assert train.learning_rate(epoch, 160, 0.8, 10, cosine=True) == pytest.approx(
+    assert engine.learning_rate(epoch, 160, 0.8, 10, cosine=True) == pytest.approx(
         expected, abs=1e-12
     )
 
 
 def test_warm_up_never_starts_above_the_rate():
-    assert train.learning_rate(1, 160, 0.001, 10, cosine=True) == 0.001
+    assert engine.learning_rate(1, 160, 0.001, 10, cosine=True) == 0.001
 
 
 def test_published_steps_by_hand():
     rates = {
-        e: train.learning_rate(e, 160, 0.8, 0, cosine=False) for e in (1, 79, 80, 119, 120, 160)
+        e: engine.learning_rate(e, 160, 0.8, 0, cosine=False) for e in (1, 79, 80, 119, 120, 160)
     }
     assert rates == pytest.approx({1: 0.8, 79: 0.8, 80: 0.08, 119: 0.08, 120: 0.008, 160: 0.008})
 

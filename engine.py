@@ -1,0 +1,123 @@
+"""An epoch of training and an evaluation, over batches that are on the device already."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memory import PeakMemory
+from models import ContSupNetwork
+
+
+def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
+    """Learning rate of epoch 1 .. epochs (README, equation 11).
+
+    A warm-up from 0.01 (from `lr` if that is less), then a cosine that is 0 at the last epoch, or
+    steps to a tenth after half and after three quarters of the epochs.
+    """
+    if cosine:
+        rate = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+    else:
+        rate = lr * 0.1 ** ((epoch >= epochs / 2) + (epoch >= epochs * 3 / 4))
+    if epoch <= warmup_epochs:
+        done = (epoch - 1) / warmup_epochs
+        rate = rate * done + min(0.01, lr) * (1 - done)
+    return rate
+
+
+class Totals:
+    """Each module's loss and wrong answers, summed over an epoch.
+
+    The sums stay on the device: adding to them does not wait for it, reading them does.
+    """
+
+    def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
+        self.modules = network.local_modules
+        self.samples = 0
+        self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
+        self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
+
+    def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
+        """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
+        self._losses[index] += loss * len(targets)
+        if self.modules[index].task.classifies:
+            self._wrong[index] += (output.argmax(dim=1) != targets).sum()
+        if index == len(self.modules) - 1:
+            self.samples += len(targets)
+
+    def losses(self) -> list[float]:
+        """Mean loss of each module."""
+        return (self._losses / self.samples).tolist()
+
+    def errors(self) -> list[float | None]:
+        """Error rate of each module's head in percent; None where it does not classify."""
+        errors = (100 * self._wrong / self.samples).tolist()
+        return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
+
+
+def make_optimizers(network: ContSupNetwork) -> list[torch.optim.SGD]:
+    """One SGD a module (README, equation 10); the learning rate is set epoch by epoch."""
+    return [
+        torch.optim.SGD(module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        for module in network.local_modules
+    ]
+
+
+def update(optimizer: torch.optim.SGD) -> None:
+    """Step a module's optimizer and free its gradients, so that one module's exist at a time."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_one_epoch(
+    network: ContSupNetwork,
+    optimizers: list[torch.optim.SGD],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    peak: PeakMemory,
+    report: Callable[[int, Totals], None],
+) -> Totals:
+    """One pass over `batches` of images (N, 3, H, W) and targets (N,).
+
+    `report(step, totals)` is called after each step, from 1.
+    """
+    network.train()
+    totals = Totals(network, peak.device)
+    for step, (images, targets) in enumerate(batches, start=1):
+        alive = partial(tensors_alive, network, optimizers, images, targets)
+        with peak.step(len(targets), alive):
+            for local in network.local_steps(images, targets):
+                update(optimizers[local.module.index])
+                totals.add(local.module.index, local.loss, local.output, targets)
+                del local
+        report(step, totals)
+    return totals
+
+
+@torch.no_grad()
+def evaluate(
+    network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Totals:
+    """Cross entropy and error of every head that classifies; the network's own are the last.
+
+    `batches` are of images (N, 3, H, W) and targets (N,).
+    """
+    network.eval()
+    totals = Totals(network, device)
+    for images, targets in batches:
+        for index, (module, h_out) in enumerate(network.features(images)):
+            if module.task.classifies:
+                output = module.head(h_out)
+                totals.add(index, F.cross_entropy(output, targets), output, targets)
+    return totals
+
+
+def tensors_alive(
+    network: ContSupNetwork, optimizers: list[torch.optim.SGD], *batch: Tensor
+) -> list[Tensor]:
+    """What exists before a step: weights, statistics, momentum and the batch."""
+    momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    kept = [*network.parameters(), *network.buffers(), *momentum, *batch]
+    return [tensor for tensor in kept if isinstance(tensor, Tensor)]

@@ -1,0 +1,225 @@
+"""Context encoders a group of channels at a time, made again in the backward.
+
+An encoder is conv-BN-ReLU layers at the context's own size, then a pool. Its last layer has as many
+channels as the module it supplies; kept for the backward, its maps would outweigh that module.
+But no output channel needs another one: not in the conv, nor in BatchNorm, where each channel has
+its own statistics, nor in ReLU and pool. So the last layer runs group by group, nothing but the
+pooled context stays, and the backward makes the maps of the layers before it once more, and then
+those of one group after the other. That changes no number but by the order of float sums.
+
+Statistics of the batch are taken in the forward alone, and kept. The backward normalises by them:
+it makes the same maps, and has no running statistics in hand to move a second time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+PARAMETERS = 4
+"""A layer's first so many tensors are learned."""
+
+
+class Layer(NamedTuple):
+    """Conv-BN-ReLU with C channels out: the weight (C, C_in, k, k), other tensors (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+    of_batch: bool
+    eps: float
+
+    @classmethod
+    def meeting(
+        cls, x: Tensor, parameters: Sequence[Tensor], bn: nn.BatchNorm2d, part: slice
+    ) -> tuple["Layer", Tensor]:
+        """Some channels of a layer, with the statistics that it takes of x, and its output."""
+        weight, bias, gamma, beta = (p[part] for p in parameters)
+        conv = _convolve(x, weight, bias)
+        layer = cls(weight, bias, gamma, beta, *_statistics(conv, bn, part), bn.training, bn.eps)
+        return layer, layer.normalise(conv)
+
+    def part(self, part: slice) -> "Layer":
+        """The layer that makes some of the channels."""
+        *tensors, of_batch, eps = self
+        return Layer(*(t[part] for t in tensors), of_batch, eps)
+
+    def normalise(self, conv: Tensor) -> Tensor:
+        """BN and ReLU by the layer's own statistics."""
+        return F.batch_norm(conv, self.mean, self.var, self.gamma, self.beta, eps=self.eps).relu_()
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The conv's output and the layer's, as its backward needs them."""
+        conv = _convolve(x, self.weight, self.bias)
+        return [conv, self.normalise(conv)]
+
+    def backward(
+        self, grad: list[Tensor], x: Tensor, maps: list[Tensor], needs_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of x, or None, and of the parameters.
+
+        `grad` = [of the output] and `maps` are emptied: each goes as soon as nothing needs it.
+        """
+        conv, out = maps
+        maps.clear()
+        of_conv = aten.threshold_backward.grad_input(grad.pop(), out, 0, grad_input=out)
+        del out
+        invstd = (self.var + self.eps).rsqrt()
+        of_conv, gamma, beta = aten.native_batch_norm_backward(
+            of_conv, conv, self.gamma, self.mean, self.var, self.mean, invstd,
+            self.of_batch, self.eps, [True, True, True],
+        )  # fmt: skip
+        del conv
+        padding = [self.weight.shape[-1] // 2] * 2
+        of_x, weight, bias = aten.convolution_backward(
+            of_conv, x, self.weight, [len(self.bias)], [1, 1], padding, [1, 1], False, [0, 0], 1,
+            [needs_x, True, True],
+        )  # fmt: skip
+        return of_x, [weight, bias, gamma, beta]
+
+
+def encode_in_groups(
+    layers: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]],
+    source: Tensor,
+    size: tuple[int, int],
+    group: int,
+) -> Tensor:
+    """Conv-BN-ReLU layers and an average pool, with only `source` kept for the backward.
+
+    Args:
+        layers: conv (stride 1, H and W kept) and BatchNorm of each layer.
+        source: (N, C_in, H, W), the context.
+        size: (S, S) that the result is pooled to.
+        group: how many channels of the last layer are worked on at a time, at least 1.
+    Returns:
+        (N, C, S, S) with a storage of its own; under autocast in autocast's dtype.
+    """
+    device = source.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
+    norms = [bn for _, bn in layers]
+    for bn in norms:
+        if bn.training:
+            bn.num_batches_tracked.add_(1)
+    parameters = [
+        parameter
+        for conv, bn in layers
+        for parameter in (conv.weight.to(dtype), conv.bias.to(dtype), bn.weight, bn.bias)
+    ]
+    return _Encode.apply(source, size, group, dtype, norms, *parameters)
+
+
+class _Encode(torch.autograd.Function):
+    """Computes in `dtype` and with autocast off, whatever it is by the time of the backward."""
+
+    @staticmethod
+    def forward(ctx, source, size, group, dtype, norms, *parameters):
+        *first, last = (parameters[i : i + PARAMETERS] for i in range(0, len(parameters), 4))
+        layers = []
+        with torch.autocast(source.device.type, enabled=False):
+            x = _as_input(source, dtype)
+            for learned, bn in zip(first, norms, strict=False):
+                layer, x = Layer.meeting(x, learned, bn, slice(None))
+                layers.append(layer)
+            channels = len(last[0])
+            context = torch.empty(
+                (len(x), channels, *size), dtype=dtype, device=x.device,
+                memory_format=_memory_format(source),
+            )  # fmt: skip
+            taken = []
+            for part in _parts(channels, group):
+                layer, y = Layer.meeting(x, last, norms[-1], part)
+                context[:, part] = pool(y, size)
+                taken.append((layer.mean, layer.var))
+                del y
+        mean, var = map(torch.cat, zip(*taken, strict=True))
+        layers.append(Layer(*last, mean, var, *layer[-2:]))
+        ctx.group, ctx.dtype = group, dtype
+        ctx.norms = [layer[-2:] for layer in layers]
+        ctx.save_for_backward(source, *(t for layer in layers for t in layer[:-2]))
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        source, *tensors = ctx.saved_tensors
+        *first, last = (
+            Layer(*tensors[6 * i : 6 * i + 6], *norm) for i, norm in enumerate(ctx.norms)
+        )
+        needs_x = bool(first) or ctx.needs_input_grad[0]
+        with torch.autocast(source.device.type, enabled=False):
+            inputs, maps = [_as_input(source, ctx.dtype)], []
+            for layer in first:
+                maps.append(layer.maps(inputs[-1]))
+                inputs.append(maps[-1][1])
+
+            x = inputs.pop()
+            of_x, of_groups = None, []
+            for part in _parts(len(last.bias), ctx.group):
+                layer = last.part(part)
+                made = layer.maps(x)
+                of_out = [_pool_backward(grad[:, part], made[1])]
+                more, of_parameters = layer.backward(of_out, x, made, needs_x)
+                of_groups.append(of_parameters)
+                of_x = more if of_x is None else of_x.add_(more)
+                del more
+            of_parameters = list(map(torch.cat, zip(*of_groups, strict=True)))
+            of_out = [of_x]
+            del x, of_x, grad
+            for layer in reversed(first):
+                needs_x = len(inputs) > 1 or ctx.needs_input_grad[0]
+                of_x, of_layer = layer.backward(of_out, inputs.pop(), maps.pop(), needs_x)
+                of_out = [of_x]
+                of_parameters = of_layer + of_parameters
+        return *of_out, None, None, None, None, *of_parameters
+
+
+def _parts(channels: int, group: int) -> list[slice]:
+    return [slice(start, start + group) for start in range(0, channels, group)]
+
+
+def _as_input(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """For convs: on the CPU channels last, where oneDNN would reorder every map for every group."""
+    on_cpu = source.device.type == "cpu"
+    return source.to(dtype, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _statistics(conv: Tensor, bn: nn.BatchNorm2d, part: slice) -> tuple[Tensor, Tensor]:
+    """Mean and variance that BatchNorm normalises by; in training they move the running ones."""
+    running_mean, running_var = bn.running_mean[part], bn.running_var[part]
+    if not bn.training:
+        return running_mean.clone(), running_var.clone()
+    wide = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
+    mean = wide.mean(dim=(0, 2, 3))
+    var = (wide - mean[:, None, None]).square_().mean(dim=(0, 2, 3))
+    count = conv.numel() // conv.shape[1]
+    running_mean.lerp_(mean, bn.momentum)
+    running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    return mean, var
+
+
+def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average pool to `size`; x itself where it has that already."""
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+def _pool_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of what was pooled."""
+    return grad if grad.shape == x.shape else aten._adaptive_avg_pool2d_backward(grad, x)
