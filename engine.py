@@ -1,7 +1,7 @@
 """An epoch of training and an evaluation, over batches that are on the device already."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memory import PeakMemory
-from models import ContSupNetwork
+from models import ContSupNetwork, LocalModule
 
 
 def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
@@ -66,10 +66,29 @@ def make_optimizers(network: ContSupNetwork) -> list[torch.optim.SGD]:
     ]
 
 
-def update(optimizer: torch.optim.SGD) -> None:
-    """Step a module's optimizer and free its gradients, so that one module's exist at a time."""
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def train_step(
+    network: ContSupNetwork,
+    optimizers: list[torch.optim.SGD],
+    images: Tensor,
+    targets: Tensor,
+    totals: Totals,
+) -> Iterator[LocalModule]:
+    """Each module's forward, backward and optimizer step; then its gradients are freed.
+
+    Gives each module when that is done, first to last.
+
+    Args:
+        images: (N, 3, H, W), normalised.
+        targets: (N,) class indices.
+        totals: to which the module's loss and wrong answers are added.
+    """
+    for local in network.local_steps(images, targets):
+        module, optimizer = local.module, optimizers[local.module.index]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        totals.add(module.index, local.loss, local.output, targets)
+        del local
+        yield module
 
 
 def train_one_epoch(
@@ -88,10 +107,8 @@ def train_one_epoch(
     for step, (images, targets) in enumerate(batches, start=1):
         alive = partial(tensors_alive, network, optimizers, images, targets)
         with peak.step(len(targets), alive):
-            for local in network.local_steps(images, targets):
-                update(optimizers[local.module.index])
-                totals.add(local.module.index, local.loss, local.output, targets)
-                del local
+            for _ in train_step(network, optimizers, images, targets, totals):
+                pass
         report(step, totals)
     return totals
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 class LiveBytes(TorchDispatchMode):
@@ -108,4 +108,4 @@ class PeakMemory:
 
 def readable(count: int) -> str:
     """Bytes in MiB, or in GiB from one up."""
-    return f"{count / MIB:.0f} MiB" if count < 1024 * MIB else f"{count / MIB / 1024:.2f} GiB"
+    return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"

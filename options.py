@@ -106,13 +106,15 @@ def build_parser() -> Parser:
     add = method.add_argument
     add("--model", choices=["resnet"], default="resnet", help="backbone")
     add("--layers", type=whole(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
-    add("--local_module_num", type=whole(1), default=1, metavar="K",
-        help="number of local modules; 1 trains end to end")
+    add("--local_module_num", type=whole(1), metavar="K",
+        help="number of local modules; 1 trains end to end (default: 1, or what --cuts or "
+        "--memory_budget make it)")
     add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="cross_entropy",
         help="loss of the auxiliary heads")
     add("--context_mode", default="R0", metavar="MODE",
         help="Rn: the n latest module inputs (R0: no context), E: the image, RnE: both")
-    add("--balanced_memory", **switch, help="the published memory-balanced cuts")
+    add("--balanced_memory", **switch,
+        help="the published memory-balanced cuts, as --partition balanced")
     add("--h_reconstruct", **switch, help="a decoder at each cut, trained to reconstruct the image")
     add("--loss_scale", nargs=4, type=float, metavar=("IXX_1", "IXY_1", "IXX_2", "IXY_2"),
         help="weights of reconstruction and task loss in the first and the last module that "
@@ -131,10 +133,20 @@ def build_parser() -> Parser:
         help="channels of a context encoder that are worked on at a time, its maps made again in "
         "the backward; 0: all at once, maps kept")
     add("--recompute", **switch,
-        help="inside a module keep block inputs only, and make the rest again in the backward")
+        help="inside a module keep block inputs only, and make the rest again in the backward (the "
+        "last block's rest is kept, for its backward comes first)")
+    add("--partition", choices=["equal", "balanced", "auto"],
+        help="cuts: equal layers, the published memory-balanced ones, or those with the smallest "
+        "predicted peak (default: equal; auto with --memory_budget)")
+    add("--memory_budget", type=positive, metavar="GIB",
+        help="take the fewest modules whose predicted peak is at most so many GiB (default: K is "
+        "given instead)")
     add("--cuts", type=cut, nargs="+", metavar="S,B",
-        help="the K-1 cuts, each by the [stage, block] that it lies right after (default: equal "
-        "layers)")
+        help="the K-1 cuts, each by the [stage, block] that it lies right after (default: those "
+        "of --partition)")
+    add("--dry_run", **switch,
+        help="print what a training step would take, module by module, and end")
+    add("--json", **switch, help="print that as one JSON object")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -195,7 +207,9 @@ NETWORK_OPTIONS = (
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
-NOT_OF_THE_RUN = ("resume", "evaluate", "output_dir", "device", "print_freq")
+NOT_OF_THE_RUN = (
+    "resume", "evaluate", "dry_run", "json", "output_dir", "device", "print_freq"
+)  # fmt: skip
 """Options that say how and where to run, not what: a checkpoint does not hold them."""
 
 NOT_OF_THE_LEARNING = (*NOT_OF_THE_RUN, "data_dir", "checkpoint", "name", "no")
@@ -214,13 +228,34 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
     """
     parser = build_parser()
     options = parser.parse_args(argv)
-    if options.resume and options.evaluate:
-        raise InputError("--resume continues a run and --evaluate trains none: give one of them")
+    check_together(options)
     checkpoint = None
     if options.resume or options.evaluate:
         checkpoint = read_checkpoint(options.resume or options.evaluate)
+        if checkpoint.options and (options.partition or options.memory_budget):
+            raise InputError("a checkpoint has its cuts: leave --partition and --memory_budget out")
         options = parser.parse_args(as_arguments(checkpoint.options) + argv)
     return fill_in(options), checkpoint
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """InputError if options, as typed, contradict each other."""
+    if options.resume and options.evaluate:
+        raise InputError("--resume continues a run and --evaluate trains none: give one of them")
+    if options.dry_run and options.evaluate:
+        raise InputError("--dry_run plans a training and --evaluate is none: give one of them")
+    if options.json and not options.dry_run:
+        raise InputError("--json is how --dry_run prints its plan: give --dry_run as well")
+    if options.memory_budget and options.local_module_num:
+        raise InputError(
+            "--memory_budget finds the number of modules: leave --local_module_num out"
+        )
+    if options.cuts and (options.partition or options.balanced_memory or options.memory_budget):
+        raise InputError(
+            "--cuts are a partition: leave --partition, --balanced_memory and --memory_budget out"
+        )
+    if options.balanced_memory and options.partition not in (None, "balanced"):
+        raise InputError(f"--balanced_memory is not --partition {options.partition}: give one")
 
 
 def as_arguments(options: dict[str, object]) -> list[str]:
@@ -248,6 +283,12 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         "batch_size": data.batch_size,
         "lr": data.lr,
         "warmup_epochs": math.ceil(options.epochs / 16) if options.cos_lr else 0,
+        "partition": "balanced"
+        if options.balanced_memory
+        else ("auto" if options.memory_budget else "equal"),
+        "local_module_num": len(options.cuts or []) + 1,
     }
     given = {name: value for name, value in vars(options).items() if value is not None}
-    return argparse.Namespace(**(vars(options) | defaults | given))
+    filled = argparse.Namespace(**(vars(options) | defaults | given))
+    filled.balanced_memory = filled.partition == "balanced"
+    return filled

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +159,15 @@ def run_name(options: argparse.Namespace) -> str:
         options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
         options.context_mode, options.local_loss_mode,
     ]  # fmt: skip
+    said = {*always, *NOT_OF_THE_LEARNING}
+    if options.balanced_memory:
+        said.add("partition")
+    if options.partition == "auto":
+        said.add("cuts")
     for option, value in vars(options).items():
-        if option not in (*always, *NOT_OF_THE_LEARNING) and value != usual[option]:
+        if option == "cuts" and value:
+            value = f"{zlib.crc32(str(value).encode()):08x}"  # the cuts themselves are too long
+        if option not in said and value != usual[option]:
             values = value if isinstance(value, list) else [value]
             parts.append("-".join([option, *map(str, values)]) if value is not True else option)
     return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])

@@ -7,11 +7,13 @@ loop. What an epoch does is in engine.py.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, count_classes, epoch_seed, load_dataset
 from engine import Totals, evaluate, learning_rate, make_optimizers, train_one_epoch
-from memory import PeakMemory, readable
+from memory import GIB, PeakMemory, readable
 from models import ContSupNetwork, build_network
 from models.checkpoint import (
     Checkpoint,
@@ -29,6 +31,8 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from options import NETWORK_OPTIONS, read_options
+from partition import fewest_modules, smallest_peak
+from planner import make_plan, print_plan
 from run_folder import RunFolder, run_folder
 
 # ---------------------------------------------------------------------------------------------
@@ -102,15 +106,21 @@ def print_summary(summary: dict, folder: Path) -> None:
 def run(argv: list[str]) -> None:
     """Train, or evaluate a checkpoint, as the options say; InputError where they can't be met."""
     options, checkpoint = read_options(argv)
+    arguments = {name: getattr(options, name) for name in NETWORK_OPTIONS}
+    arguments["num_classes"] = DATASETS[options.dataset].classes or count_classes(
+        options.data_dir, "test" if options.evaluate else "train"
+    )
+    if options.cuts is None:
+        choose_partition(options, arguments)
+    if options.dry_run:
+        plan = make_plan(arguments, options.batch_size)
+        print(json.dumps(plan.as_json())) if options.json else print_plan(plan)
+        return
+
     device = choose_device(options.device)
     data_config = DATASETS[options.dataset]
-
     torch.manual_seed(options.seed)
-    network = build_network(
-        num_classes=data_config.classes
-        or count_classes(options.data_dir, "test" if options.evaluate else "train"),
-        **{name: getattr(options, name) for name in NETWORK_OPTIONS},
-    ).to(device)
+    network = build_network(**arguments).to(device)
     if checkpoint is not None:
         load_weights(network, checkpoint)
     print_network(network, options)
@@ -160,6 +170,33 @@ def run(argv: list[str]) -> None:
         )  # fmt: skip
         print(f"\ninterrupted; {how}", file=sys.stderr)
         sys.exit(130)
+
+
+def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """Put the cuts that --partition auto and --memory_budget ask for into options and arguments.
+
+    InputError if nothing fits the budget.
+    """
+    if options.memory_budget:
+        budget = int(options.memory_budget * GIB)
+        note_if_above_free(budget, options.device)
+        found = fewest_modules(arguments, options.batch_size, options.partition, budget)
+    elif options.partition == "auto":
+        found = smallest_peak(arguments, options.batch_size)
+    else:
+        return
+    options.local_module_num = arguments["local_module_num"] = len(found.cuts) + 1
+    options.cuts = arguments["cuts"] = found.cuts or None
+
+
+def note_if_above_free(budget: int, device: str) -> None:
+    """On CUDA, a line on stderr if the device has fewer bytes free than the budget."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return
+    free, _ = torch.cuda.mem_get_info(None if device == "auto" else device)
+    if free < budget:
+        print(f"train.py: note: the budget of {readable(budget)} is above the {readable(free)} "
+              "that the device has free", file=sys.stderr)  # fmt: skip
 
 
 def choose_device(name: str) -> torch.device:

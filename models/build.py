@@ -71,7 +71,8 @@ def build_network(
         loss_scale: (ixx_1, ixy_1, ixx_2, ixy_2) for the decoders instead of the published row.
         context_group: channels of a context encoder that are worked on at a time, its maps made
             again in the backward; 0 runs the plain layers, all at once, and keeps their maps.
-        recompute: keep only the inputs of the units and make the rest again in the backward.
+        recompute: inside a module keep the units' inputs only, and make the rest again in the
+            backward; of the last unit, whose backward comes first, the rest is kept.
         cuts: K-1 [stage, block] of your own, in order, instead of equal or balanced ones.
     Raises:
         ValueError: an argument is out of range or does not fit the others; the message is a

@@ -25,7 +25,7 @@ class LocalModule(nn.Module):
         task: what the head trains on.
         decoder: reconstructs the image from the module's output, or None.
         loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
-        recompute: keep the units' inputs for the backward, and nothing in between.
+        recompute: of all units but the last keep only the input for the backward.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class LocalModule(nn.Module):
 
     def forward(self, h_in: Tensor) -> Tensor:
         """Features with context (N, C, S, S) -> h_out of the last unit."""
+        *units, last = self.units
         h = h_in
-        for unit in self.units:
+        for unit in units:
             h = keep_input_only(unit, h) if self.recompute else unit(h)
-        return h
+        return last(h)  # its backward comes next: made again, its maps would exist twice
 
     def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Local loss and the head's output (README, equations 6 to 9).

@@ -1,0 +1,475 @@
+"""Cuts chosen by what modules take: the smallest largest peak, or the fewest modules that fit.
+
+What a module takes adds up: what each unit keeps for the backward, what one unit's backward needs
+for a moment on top, and the same for heads and context supply. `Costs` meters each part once, on
+fake tensors (see planner.py); after that any cuts are a sum away. What the search finds is metered
+as a whole before anyone relies on it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from configs import (
+    Cut,
+    InputError,
+    choose_cuts,
+    published_loss_scale,
+)
+from memory import LiveBytes, readable
+from models import LocalModule, build_network
+from models.context import ContextMode, Contexts, ContextSupply
+from models.recompute import keep_input_only
+from planner import END_TO_END, fake_batch, step_costs
+
+Shape = tuple[int, int]
+"""Channels and side length of features."""
+
+# ---------------------------------------------------------------------------------------------
+# What the parts take, in bytes
+
+
+class UnitCost(NamedTuple):
+    """A unit's output; all that its forward leaves (the output included) and all that is alive at
+    the peak of its backward, inside a module and as its last unit; its parameters.
+
+    As the last unit it is not recomputed, and its output stays: the next module waits for it.
+    """
+
+    output: int
+    kept: int
+    backward: int
+    kept_last: int
+    backward_last: int
+    parameters: int
+
+
+class HeadCost(NamedTuple):
+    """A head's, with its decoder: peak of forward and backward, parameters, all that it owns."""
+
+    peak: int
+    parameters: int
+    fixed: int
+
+
+class SupplyCost(NamedTuple):
+    """A context supply's: peak of the forward; what that leaves (what enters the module included);
+    peak of the backward on top of what is alive when it starts; parameters; all that it owns.
+    """
+
+    forward: int
+    kept: int
+    backward: int
+    parameters: int
+    fixed: int
+
+
+class Candidate(NamedTuple):
+    """A module of the units up to, and without, `end`: its peak beyond what is alive all the time,
+    which is the batch and every module's weights, momentum and statistics; of the latter, `fixed`
+    are those of its head and context supply.
+    """
+
+    end: int
+    peak: int
+    fixed: int
+
+
+class Costs:
+    """What the parts of a net take with one batch size, and so what modules made of them take.
+
+    Args:
+        arguments: of `build_network`; number of modules and cuts do not matter.
+        batch_size: samples a step.
+    """
+
+    def __init__(self, arguments: dict[str, Any], batch_size: int) -> None:
+        self.arguments, self.batch_size = arguments, batch_size
+        self.mode = ContextMode.parse(arguments["context_mode"])
+        with FakeTensorMode():
+            images, targets = fake_batch(arguments, batch_size)
+            (all_units,) = build_network(**arguments | END_TO_END).local_modules
+            self.units, self.shapes = unit_costs(all_units, images, arguments["recompute"])
+            self.names = all_units.unit_names
+            self.last_head = head_cost(all_units, self.shapes[-1], images, targets)
+            self.heads = {}
+            for module in self._one_of_each_stage():
+                shape = self.shapes[self.names.index(module.unit_names[-1])]
+                self.heads[shape] = head_cost(module, shape, images, targets)
+        self.image = tuple(images.shape[1:3])
+        self.batch = images.nbytes + targets.nbytes
+        self.batch += images.nbytes if arguments["h_reconstruct"] else 0
+        self.units_fixed = fixed_bytes(all_units.units)
+        self.kept = [0, *accumulate(unit.kept for unit in self.units)]
+        self.gradients = [0, *accumulate(unit.parameters for unit in self.units)]
+        self._supplies: dict[tuple, SupplyCost] = {}
+
+    def _one_of_each_stage(self) -> list[LocalModule]:
+        """Modules with auxiliary heads, one ending in each stage."""
+        cuts = [name for name in ((0, 0), (2, 0), (3, 0)) if name in self.names[:-1]]
+        changed = {"cuts": cuts, "local_module_num": len(cuts) + 1, "context_mode": "R0"}
+        if self.arguments["h_reconstruct"]:
+            changed["loss_scale"] = (1, 1, 1, 1)
+        return list(build_network(**self.arguments | changed).local_modules)[:-1]
+
+    def features(self, shape: Shape) -> int:
+        """Of float32 features (N, C, S, S)."""
+        return _bytes(self.batch_size, shape)
+
+    def supply(self, shape: Shape, sources: dict[str, Shape]) -> SupplyCost:
+        """Of what supplies features with contexts; R0 and module 0 have no sources."""
+        key = (shape, *sources.items())
+        if key not in self._supplies:
+            with FakeTensorMode():
+                self._supplies[key] = supply_cost(self.arguments, self.batch_size, shape, sources)
+        return self._supplies[key]
+
+    def module_ends(self, start: int, window: Contexts[Shape]) -> Iterator[Candidate]:
+        """Every module that may start with unit `start`, the shortest first."""
+        sources, supply, held = {}, SupplyCost(0, 0, 0, 0, 0), 0
+        at_start = at_end = 0
+        if start:
+            sources, entry = window.named(), self.shapes[start - 1]
+            supply = self.supply(entry, sources)
+            # The image counts with the batch. What enters stays if it is a context later on.
+            held = sum(self.features(s) for s in sources.values() if s != self.image)
+            at_start = held + self.features(entry) + supply.forward
+            stays = self.features(entry) if self.mode.recent else 0
+            at_end = held + stays + supply.kept + supply.backward
+        inside = 0
+        for end in range(start + 1, len(self.units) + 1):
+            unit = self.units[end - 1]
+            head = self.heads[self.shapes[end - 1]] if end < len(self.units) else self.last_head
+            before = held + supply.kept + self.kept[end - 1] - self.kept[start]
+            later = head.parameters + self.gradients[end]
+            peak = max(
+                at_start,
+                before + unit.kept_last + head.peak,
+                before + unit.backward_last + head.parameters,
+                inside + unit.output + later,
+                at_end + unit.output + later - self.gradients[start] + supply.parameters,
+            )
+            yield Candidate(end, peak, supply.fixed + head.fixed)
+            inside = max(inside, before + unit.backward - self.gradients[end])
+
+    def cuts(self, ends: Sequence[int]) -> list[Cut]:
+        """The cuts behind modules that end before unit ends[0], ends[1], ..."""
+        return [self.names[end - 1] for end in ends[:-1]]
+
+    def ends(self, cuts: Sequence[Cut]) -> list[int]:
+        """Where the modules between some cuts end."""
+        return [*(self.names.index(tuple(cut)) + 1 for cut in cuts), len(self.units)]
+
+    def peaks(self, ends: Sequence[int]) -> list[int]:
+        """Of the modules that end before unit ends[0], ends[1], ..., everything counted."""
+        window, start = Contexts(self.mode, self.image), 0
+        peaks, fixed = [], self.batch + self.units_fixed
+        for end in ends:
+            (module,) = (m for m in self.module_ends(start, window) if m.end == end)
+            peaks.append(module.peak)
+            fixed += module.fixed
+            self.pass_cut(window, start)
+            start = end
+        return [peak + fixed for peak in peaks]
+
+    def pass_cut(self, window: Contexts[Shape], start: int) -> None:
+        """What entered the module that starts with this unit is context for the next ones."""
+        if start:
+            window.push(self.shapes[start - 1])
+
+
+def unit_costs(
+    module: LocalModule, images: Tensor, recompute: bool
+) -> tuple[list[UnitCost], list[Shape]]:
+    """Of the units of a module that is a whole net, and the shapes that they give out."""
+    kept, backward, shapes = _keep_and_go_back(module, images, recompute)
+    kept_last, backward_last, _ = _keep_and_go_back(module, images, outputs_stay=True)
+    outputs = [_bytes(len(images), shape) for shape in shapes]
+    parameters = [sum(p.nbytes for p in unit.parameters()) for unit in module.units]
+    columns = outputs, kept, backward, kept_last, backward_last, parameters
+    return list(map(UnitCost, *columns)), shapes
+
+
+def _keep_and_go_back(
+    module: LocalModule, images: Tensor, recompute: bool = False, outputs_stay: bool = False
+) -> tuple[list[int], list[int], list[Shape]]:
+    """Of each unit: bytes that its forward leaves, peak of its backward, shape of its output.
+
+    The peak is beyond what was alive before the forward, what earlier units keep and the gradients
+    of later ones' parameters; outputs of later ones do not count even if all outputs stay.
+    """
+    kept, shapes, stay = [], [], []
+    peaks = [0] * len(module.units)
+    with LiveBytes([*module.parameters(), *module.buffers(), images]) as meter:
+
+        def is_through(index: int, gradient: Tensor | None = None) -> None:
+            """The backward of a unit (after the last one: of the head) has its gradient ready."""
+            if index < len(peaks):
+                peaks[index] = meter.peak
+            meter.peak = meter.live
+
+        h, start = images, meter.live
+        for index, unit in enumerate(module.units):
+            before = meter.live
+            h = keep_input_only(unit, h) if recompute else unit(h)
+            kept.append(meter.live - before)
+            shapes.append(tuple(h.shape[1:3]))
+            h.register_hook(partial(is_through, index + 1))
+            if outputs_stay:
+                stay.append(h)
+        loss = module.head(h).sum()
+        del h
+        loss.backward()
+        is_through(0)
+    later = sum(p.nbytes for p in module.head.parameters()) + start
+    for index in reversed(range(len(peaks))):
+        peaks[index] -= later + sum(kept[:index])
+        later += sum(p.nbytes for p in module.units[index].parameters())
+        later += stay[index].nbytes if outputs_stay else 0
+    module.zero_grad(set_to_none=True)
+    return kept, peaks, shapes
+
+
+def head_cost(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCost:
+    """Of the head and the decoder on features (N, C, S, S)."""
+    h_out = torch.empty(len(images), shape[0], shape[1], shape[1], requires_grad=True)
+    owned = [module.head] if module.decoder is None else [module.head, module.decoder]
+    alive = [t for m in owned for t in (*m.parameters(), *m.buffers())]
+    with LiveBytes([*alive, h_out, images, targets]) as meter:
+        before = meter.live
+        loss, output = module.loss(h_out, targets, images)
+        loss.backward()
+        del output
+    parameters = sum(p.nbytes for m in owned for p in m.parameters())
+    return HeadCost(meter.peak - before, parameters, sum(map(fixed_bytes, owned)))
+
+
+def supply_cost(
+    arguments: dict[str, Any], batch_size: int, shape: Shape, sources: dict[str, Shape]
+) -> SupplyCost:
+    """Of the supply of features of one shape with contexts of others."""
+
+    def features(shape: Shape) -> Tensor:
+        return torch.empty(batch_size, shape[0], shape[1], shape[1])
+
+    h = features(shape)
+    if not sources:
+        return SupplyCost(0, h.nbytes, 0, 0, 0)
+    channels = {name: source[0] for name, source in sources.items()}
+    supply = ContextSupply(
+        channels, shape[0], arguments["aux_net_widen"], arguments["context_group"]
+    )
+    contexts = {name: features(source) for name, source in sources.items()}
+    with LiveBytes([*supply.parameters(), *supply.buffers(), h, *contexts.values()]) as meter:
+        before = meter.live
+        h_in = supply(h, contexts)
+        forward, kept = meter.peak - before, meter.live - before
+        # The oldest falls out of the window: only the backward holds it now, until it is used.
+        oldest = f"recent_{ContextMode.parse(arguments['context_mode']).recent - 1}"
+        if sources.get(oldest, (3, 0))[0] != 3:
+            del contexts[oldest]
+        begun = []
+
+        def begins(gradient: Tensor) -> None:
+            begun.append(meter.live)
+            meter.peak = meter.live
+
+        h_in.register_hook(begins)
+        # Through an operation, so that nobody but autograd holds the gradient of h_in.
+        (h_in * 1).backward(torch.empty_like(h_in))
+    parameters = sum(p.nbytes for p in supply.parameters())
+    return SupplyCost(forward, kept, meter.peak - begun[0], parameters, fixed_bytes(supply))
+
+
+def _bytes(batch_size: int, shape: Shape) -> int:
+    channels, side = shape
+    return 4 * batch_size * channels * side * side
+
+
+def fixed_bytes(module: nn.Module) -> int:
+    """Weights, momentum and statistics."""
+    weights = sum(p.nbytes for p in module.parameters())
+    return 2 * weights + sum(b.nbytes for b in module.buffers())
+
+
+# ---------------------------------------------------------------------------------------------
+# The search, on the sums
+
+
+def pack(costs: Costs, limit: int) -> list[int] | None:
+    """The fewest modules of which none takes more than `limit`, weights and batch not counted.
+
+    Each, from the front, is as long as it may be: starting later never costs a module more.
+    Returns where they end, or None if some unit alone takes more.
+    """
+    window, start, ends = Contexts(costs.mode, costs.image), 0, []
+    while start < len(costs.units):
+        end = 0
+        for module in costs.module_ends(start, window):
+            if module.peak <= limit:
+                end = module.end
+            elif costs.kept[module.end] - costs.kept[start] > limit:
+                break
+        if not end:
+            return None
+        ends.append(end)
+        costs.pass_cut(window, start)
+        start = end
+    return ends
+
+
+def tightest(costs: Costs, most: int) -> list[int]:
+    """Ends of at most `most` modules, the largest peak of which is as small as it can be."""
+    low, high = 0, max(costs.peaks([len(costs.units)]))
+    while high - low > 1024:
+        middle = (low + high) // 2
+        ends = pack(costs, middle)
+        low, high = (low, middle) if ends and len(ends) <= most else (middle, high)
+    return pack(costs, high)
+
+
+def split(costs: Costs, ends: list[int], count: int) -> list[int]:
+    """Ends of exactly `count` modules: the one with the largest peak is halved again and again."""
+    ends = list(ends)
+    while len(ends) < count:
+        starts = [0, *ends[:-1]]
+        _, start, end = max(
+            (peak, start, end)
+            for peak, start, end in zip(costs.peaks(ends), starts, ends, strict=True)
+            if end - start > 1
+        )
+        half = (costs.kept[start] + costs.kept[end]) / 2
+        ends.append(min(range(start + 1, end), key=lambda e: abs(costs.kept[e] - half)))
+        ends.sort()
+    return ends
+
+
+def fewest(costs: Costs, budget: int) -> list[int] | None:
+    """Ends of the fewest modules whose peak is at most `budget`; None if nothing is."""
+    limit = budget - costs.batch - costs.units_fixed
+    while ends := pack(costs, limit):
+        over = max(costs.peaks(ends)) - budget
+        if over <= 0:
+            return ends
+        limit -= over
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# The choice, checked by metering the whole
+
+
+class Partition(NamedTuple):
+    """Cuts, and the metered peak of a training step with them in bytes."""
+
+    cuts: list[Cut]
+    peak: int
+
+
+def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
+    """The K-1 cuts with the smallest peak, K = `local_module_num` of the arguments.
+
+    Equal layers and the published balanced cuts are tried too, and win where they are as good.
+    """
+    K = arguments["local_module_num"]
+    candidates = [choose_cuts(arguments["layers"], K, arguments["dataset"])]
+    with contextlib.suppress(InputError):  # where none are published
+        candidates.append(choose_cuts(arguments["layers"], K, arguments["dataset"], True))
+    costs = Costs(arguments, batch_size)
+    candidates.append(costs.cuts(split(costs, tightest(costs, K), K)))
+    tried = [Partition(cuts, metered_peak(arguments, batch_size, cuts)) for cuts in candidates]
+    return min(tried, key=lambda partition: partition.peak)
+
+
+def fewest_modules(
+    arguments: dict[str, Any], batch_size: int, partition: str, budget: int
+) -> Partition:
+    """The cuts of the fewest modules whose peak is at most `budget` bytes.
+
+    Args:
+        arguments: of `build_network`; `local_module_num` does not matter.
+        batch_size: samples a step.
+        partition: `equal`, `balanced` or `auto` cuts.
+        budget: in bytes.
+    Raises:
+        InputError: nothing fits; the message says what would.
+    """
+    costs = Costs(arguments, batch_size)
+    ends = fewest(costs, budget) if partition == "auto" else None
+    for K in range(len(ends or [1]), len(costs.units) + 1):
+        cuts = _cuts_that_may_fit(costs, K, partition, budget)
+        if cuts is None:
+            continue
+        changed = arguments | {"local_module_num": K}
+        peak = metered_peak(changed, batch_size, cuts)
+        if peak <= budget:
+            return Partition(cuts, peak)
+    raise InputError(_what_would_fit(costs, partition, budget))
+
+
+def _cuts_that_may_fit(costs: Costs, K: int, partition: str, budget: int) -> list[Cut] | None:
+    """Cuts of K modules, None if by the sum of the parts they take more, or if K is impossible."""
+    a = costs.arguments
+    if costs.mode.recent > K:
+        return None
+    try:
+        if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
+            published_loss_scale(a["layers"], K, a["dataset"], partition == "balanced")
+        if partition != "auto":
+            cuts = choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
+            return cuts if max(costs.peaks(costs.ends(cuts))) <= budget else None
+    except InputError:
+        return None
+    ends = fewest(costs, budget)
+    if ends is None or len(ends) > K:
+        return None
+    best = split(costs, tightest(costs, K), K)
+    return costs.cuts(min(best, split(costs, ends, K), key=lambda e: max(costs.peaks(e))))
+
+
+def _what_would_fit(costs: Costs, partition: str, budget: int) -> str:
+    """One sentence: that nothing fits, the smallest peak there is, and what would fit."""
+    a, batch_size = costs.arguments, costs.batch_size
+    peak, K = _least(costs, partition)
+    message = (
+        f"no {partition} cuts of ResNet-{a['layers']} fit {readable(budget)} at batch size "
+        f"{batch_size}: the smallest peak is {readable(peak)}, with {K} modules; "
+    )
+    if not a["recompute"]:
+        recomputed, K = _least(Costs(a | {"recompute": True}, batch_size), partition)
+        fits = "fits" if recomputed <= budget else "is too much as well"
+        message += f"with --recompute it is {readable(recomputed)}, which {fits}; "
+    while peak > budget and batch_size >= 2:
+        batch_size = min(batch_size - 1, batch_size * budget // peak)
+        if batch_size >= 2:
+            peak, K = _least(Costs(a, batch_size), partition)
+    if batch_size < 2:
+        return message + "no batch size fits"
+    return message + f"--batch_size {batch_size} fits"
+
+
+def _least(costs: Costs, partition: str) -> tuple[int, int]:
+    """The smallest peak of all numbers of modules, and that number."""
+    if partition == "auto":
+        ends = tightest(costs, len(costs.units))
+        return max(costs.peaks(ends)), len(ends)
+    found = []
+    for K in range(1, len(costs.units) + 1):
+        with contextlib.suppress(InputError):  # of a K without published balanced cuts
+            a = costs.arguments
+            cuts = choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
+            found.append((max(costs.peaks(costs.ends(cuts))), K))
+    return min(found)
+
+
+def metered_peak(arguments: dict[str, Any], batch_size: int, cuts: list[Cut]) -> int:
+    """Peak of a training step with these cuts, in bytes."""
+    with FakeTensorMode():
+        network = build_network(**arguments | {"cuts": cuts, "local_module_num": len(cuts) + 1})
+        return max(step_costs(network, *fake_batch(arguments, batch_size))[1])

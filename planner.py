@@ -1,0 +1,155 @@
+"""What a run would take, found without training: one step on tensors that have no data.
+
+Under FakeTensorMode every operation gives tensors of the right shape and storage size without
+allocating or computing anything, so the meter counts what it would count on a real step.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import Cut
+from engine import Totals, make_optimizers, tensors_alive, train_step
+from memory import MIB, LiveBytes, readable
+from models import ContSupNetwork, build_network
+
+END_TO_END = {
+    "local_module_num": 1,
+    "context_mode": "R0",
+    "cuts": None,
+    "balanced_memory": False,
+    "h_reconstruct": False,
+    "loss_scale": None,
+    "recompute": False,
+}
+"""Arguments of `build_network` that make any run one of plain end-to-end training."""
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One local module: bytes alive at its peak, FLOPs of its forward and backward a sample."""
+
+    index: int
+    units: list[Cut]
+    parameters: int
+    train_flops_per_sample: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--dry_run --json` prints.
+
+    A FLOP is a multiplication or an addition of a convolution or matrix product; those of the
+    recomputation in the backward count.
+    """
+
+    peak_bytes: int
+    peak_module: int
+    end_to_end_peak_bytes: int
+    modules: list[ModulePlan]
+    parameters: dict[str, int]
+    inference_flops_per_sample: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+
+def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
+    """The plan of a run.
+
+    Args:
+        arguments: of `build_network`.
+        batch_size: samples a step, at least 2.
+    Raises:
+        InputError: as `build_network` does.
+    """
+    with FakeTensorMode():
+        network = build_network(**arguments)
+        images, targets = fake_batch(arguments, batch_size)
+        flops, peaks = step_costs(network, images, targets)
+        end_to_end = build_network(**arguments | END_TO_END)
+        inference = inference_flops(network, images[:1])
+        (end_to_end_peak,) = step_costs(end_to_end, images, targets)[1]
+    modules = [
+        ModulePlan(
+            index=module.index,
+            units=module.unit_names,
+            parameters=sum(p.numel() for p in module.parameters()),
+            train_flops_per_sample=module_flops // batch_size,
+            peak_bytes=peak,
+        )
+        for module, module_flops, peak in zip(network.local_modules, flops, peaks, strict=True)
+    ]
+    return Plan(
+        peak_bytes=max(peaks),
+        peak_module=peaks.index(max(peaks)),
+        end_to_end_peak_bytes=end_to_end_peak,
+        modules=modules,
+        parameters=network.parameter_counts(),
+        inference_flops_per_sample=inference,
+    )
+
+
+def fake_batch(arguments: dict[str, Any], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, S, S) and targets (N,) of the size that a run has; call in FakeTensorMode."""
+    size = arguments["image_size"]
+    return torch.empty(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
+
+
+def step_costs(
+    network: ContSupNetwork, images: Tensor, targets: Tensor
+) -> tuple[list[int], list[int]]:
+    """FLOPs and peak bytes of each module's turn in a training step.
+
+    FLOPs are counted in a first step, which makes the momentum, bytes in a second.
+    """
+    optimizers = make_optimizers(network)
+    totals = Totals(network, images.device)
+    flops, peaks = [], []
+    with FlopCounterMode(display=False) as counter:
+        for _ in train_step(network, optimizers, images, targets, totals):
+            flops.append(counter.get_total_flops() - sum(flops))
+    with LiveBytes(tensors_alive(network, optimizers, images, targets)) as meter:
+        for _ in train_step(network, optimizers, images, targets, totals):
+            peaks.append(meter.peak)
+            meter.peak = meter.live
+    return flops, peaks
+
+
+@torch.no_grad()
+def inference_flops(network: ContSupNetwork, image: Tensor) -> dict[str, int]:
+    """FLOPs of `network(image)` for an image (1, 3, H, W): the backbone's and the encoders'."""
+    network.eval()
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    by_module = counter.get_flop_counts()
+    context = sum(
+        sum(counts.values()) for name, counts in by_module.items() if name.endswith(".context")
+    )
+    return {"backbone": counter.get_total_flops() - context, "context": context}
+
+
+def print_plan(plan: Plan) -> None:
+    """A table of the modules, then the totals."""
+    print(f"{'module':>6}  {'units [stage, block]':20} {'parameters':>12} "
+          f"{'training FLOPs/sample':>22} {'peak MiB':>10}")  # fmt: skip
+    for m in plan.modules:
+        first, last = list(m.units[0]), list(m.units[-1])
+        units = f"{first}" if first == last else f"{first} to {last}"
+        mark = "  sets the peak" if m.index == plan.peak_module else ""
+        print(f"{m.index:6}  {units:20} {m.parameters:12,} {m.train_flops_per_sample:22,} "
+              f"{m.peak_bytes / MIB:10,.0f}{mark}")  # fmt: skip
+    ratio = plan.end_to_end_peak_bytes / plan.peak_bytes
+    print(f"peak {readable(plan.peak_bytes)}, set by module {plan.peak_module}; "
+          f"end to end {readable(plan.end_to_end_peak_bytes)}, {ratio:.2f} times that")  # fmt: skip
+    print("parameters:", ", ".join(f"{name} {n:,}" for name, n in plan.parameters.items()))
+    flops = plan.inference_flops_per_sample
+    print(f"inference FLOPs/sample: backbone {flops['backbone']:,}, context {flops['context']:,} "
+          f"({100 * flops['context'] / flops['backbone']:.0f} % more), "
+          "auxiliary 0 (dropped)")  # fmt: skip
