@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
+# ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh test    run the test suite
 # What stands after the target goes to train.py or pytest. PYTHON=... names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    sed -n '2,4s/^# //p' "$0"
+    sed -n '2,5s/^# //p' "$0"
 }
 
 # .venv with what requirements.txt asks for; nothing is done where that is so already.
@@ -34,6 +35,20 @@ case "${1:-}" in
         .venv/bin/python train.py --dataset digits --layers 32 --local_module_num 4 \
             --context_mode E --epochs 9 --batch_size 64 \
             --output_dir "runs/demo-$(date +%Y%m%d-%H%M%S)" "$@"
+        ;;
+    plan)
+        shift
+        prepare
+        echo "| depth | end to end, MiB | modules that fit 1 GiB | their peak, MiB |"
+        echo "|---|---|---|---|"
+        for layers in 32 110 1202; do
+            .venv/bin/python train.py --dataset cifar10 --context_mode E --batch_size 256 \
+                --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
+                .venv/bin/python -c 'import json, sys; plan = json.load(sys.stdin); print(
+                    f"| {sys.argv[1]} | {plan["end_to_end_peak_bytes"] / 2**20:,.0f} "
+                    f"| {len(plan["modules"])} | {plan["peak_bytes"] / 2**20:,.0f} |"
+                )' "$layers"
+        done
         ;;
     test)
         shift

@@ -64,12 +64,17 @@ def load_dataset(
     data_dir = Path(data_dir)
     if name == "folder":
         return _folder(data_dir, image_size, limit_per_class, test_only)
-    native = DATASETS[name].image_size
-    if image_size != native:
-        raise InputError(f"{name} has images of {native}x{native}; image_size is for folder")
+    check_image_size(name, image_size)
     data = READERS[name](data_dir)
     kept = first_of_each_class(data.train.targets, limit_per_class)
     return data._replace(train=Split(data.train.images[kept], data.train.targets[kept]))
+
+
+def check_image_size(name: str, image_size: int) -> None:
+    """InputError if a data set has images of another size, and they are not resized."""
+    native = DATASETS[name].image_size
+    if name != "folder" and image_size != native:
+        raise InputError(f"{name} has images of {native}x{native}; image_size is for folder")
 
 
 def first_of_each_class(targets: Tensor, limit: int | None) -> Tensor:

@@ -7,9 +7,11 @@ as a whole before anyone relies on it.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial, reduce
 from itertools import accumulate
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from memory import LiveBytes, readable
 from models import LocalModule, build_network
 from models.context import ContextMode, Contexts, ContextSupply
 from models.recompute import keep_input_only
-from planner import END_TO_END, fake_batch, step_costs
+from planner import END_TO_END, fake_batch, step_peaks
 
 Shape = tuple[int, int]
 """Channels and side length of features."""
@@ -174,14 +176,10 @@ class Costs:
             (module,) = (m for m in self.module_ends(start, window) if m.end == end)
             peaks.append(module.peak)
             fixed += module.fixed
-            self.pass_cut(window, start)
+            if start:
+                window.push(self.shapes[start - 1])
             start = end
         return [peak + fixed for peak in peaks]
-
-    def pass_cut(self, window: Contexts[Shape], start: int) -> None:
-        """What entered the module that starts with this unit is context for the next ones."""
-        if start:
-            window.push(self.shapes[start - 1])
 
 
 def unit_costs(
@@ -302,63 +300,83 @@ def fixed_bytes(module: nn.Module) -> int:
 # The search, on the sums
 
 
-def pack(costs: Costs, limit: int) -> list[int] | None:
-    """The fewest modules of which none takes more than `limit`, weights and batch not counted.
+class Reached:
+    """That the units before some one can be modules within a limit, with some window after them.
 
-    Each, from the front, is as long as it may be: starting later never costs a module more.
-    Returns where they end, or None if some unit alone takes more.
+    Attributes:
+        window: the contexts on offer to what follows.
+        counts: bit k is set if k modules can do it.
+        before: (start of the last of these modules, key of what was reached before it).
     """
-    window, start, ends = Contexts(costs.mode, costs.image), 0, []
-    while start < len(costs.units):
-        end = 0
-        for module in costs.module_ends(start, window):
-            if module.peak <= limit:
-                end = module.end
-            elif costs.kept[module.end] - costs.kept[start] > limit:
-                break
-        if not end:
-            return None
-        ends.append(end)
-        costs.pass_cut(window, start)
-        start = end
-    return ends
+
+    def __init__(self, window: Contexts[Shape], counts: int = 0) -> None:
+        self.window, self.counts = window, counts
+        self.before: list[tuple[int, Hashable]] = []
 
 
-def tightest(costs: Costs, most: int) -> list[int]:
-    """Ends of at most `most` modules, the largest peak of which is as small as it can be."""
+def reach(costs: Costs, limit: int) -> list[dict[Hashable, Reached]]:
+    """What can be reached before each unit, and at the end, by modules within `limit` bytes.
+
+    Weights, momentum, statistics and the batch do not count.
+    """
+    reached: list[dict[Hashable, Reached]] = [{} for _ in range(len(costs.units) + 1)]
+    reached[0][()] = Reached(Contexts(costs.mode, costs.image), counts=1)
+    for start in range(len(costs.units)):
+        for key, here in reached[start].items():
+            window = copy.deepcopy(here.window)
+            if start:
+                window.push(costs.shapes[start - 1])
+            new_key = tuple(window.named().items())
+            for module in costs.module_ends(start, here.window):
+                if module.peak <= limit:
+                    there = reached[module.end].setdefault(new_key, Reached(window))
+                    there.counts |= here.counts << 1
+                    there.before.append((start, key))
+                elif costs.kept[module.end] - costs.kept[start] > limit:
+                    break
+    return reached
+
+
+def counts_within(reached: list[dict[Hashable, Reached]]) -> int:
+    """Bit k is set if k modules make up the whole net."""
+    return reduce(or_, (r.counts for r in reached[-1].values()), 0)
+
+
+def tightest(costs: Costs, wanted: int) -> list[int]:
+    """Ends of modules whose largest peak is as small as it can be.
+
+    Their number is one whose bit is set in `wanted`, the smallest of these that is possible.
+    Weights do not count, so that cuts with smaller heads may be some of their bytes better.
+    """
     low, high = 0, max(costs.peaks([len(costs.units)]))
+    while (
+        not counts_within(reach(costs, high)) & wanted
+    ):  # contexts may take more than end to end training
+        low, high = high, 2 * high
     while high - low > 1024:
         middle = (low + high) // 2
-        ends = pack(costs, middle)
-        low, high = (low, middle) if ends and len(ends) <= most else (middle, high)
-    return pack(costs, high)
+        fits = counts_within(reach(costs, middle)) & wanted
+        low, high = (low, middle) if fits else (middle, high)
+    reached = reach(costs, high)
+    possible = counts_within(reached) & wanted
+    return _way_back(costs, reached, (possible & -possible).bit_length() - 1)
 
 
-def split(costs: Costs, ends: list[int], count: int) -> list[int]:
-    """Ends of exactly `count` modules: the one with the largest peak is halved again and again."""
-    ends = list(ends)
-    while len(ends) < count:
-        starts = [0, *ends[:-1]]
-        _, start, end = max(
-            (peak, start, end)
-            for peak, start, end in zip(costs.peaks(ends), starts, ends, strict=True)
-            if end - start > 1
+def _way_back(costs: Costs, reached: list[dict[Hashable, Reached]], count: int) -> list[int]:
+    """Ends of `count` modules from what was reached; as even as the limit lets them be."""
+    end = len(costs.units)
+    here = next(r for r in reached[end].values() if r.counts >> count & 1)
+    ends = []
+    while end:
+        ends.append(end)
+        count -= 1
+        fair = costs.kept[end] * count / (count + 1)
+        start, key = min(
+            (b for b in here.before if reached[b[0]][b[1]].counts >> count & 1),
+            key=lambda before: abs(costs.kept[before[0]] - fair),
         )
-        half = (costs.kept[start] + costs.kept[end]) / 2
-        ends.append(min(range(start + 1, end), key=lambda e: abs(costs.kept[e] - half)))
-        ends.sort()
-    return ends
-
-
-def fewest(costs: Costs, budget: int) -> list[int] | None:
-    """Ends of the fewest modules whose peak is at most `budget`; None if nothing is."""
-    limit = budget - costs.batch - costs.units_fixed
-    while ends := pack(costs, limit):
-        over = max(costs.peaks(ends)) - budget
-        if over <= 0:
-            return ends
-        limit -= over
-    return None
+        end, here = start, reached[start][key]
+    return ends[::-1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +400,7 @@ def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
     with contextlib.suppress(InputError):  # where none are published
         candidates.append(choose_cuts(arguments["layers"], K, arguments["dataset"], True))
     costs = Costs(arguments, batch_size)
-    candidates.append(costs.cuts(split(costs, tightest(costs, K), K)))
+    candidates.append(costs.cuts(tightest(costs, wanted=1 << K)))
     tried = [Partition(cuts, metered_peak(arguments, batch_size, cuts)) for cuts in candidates]
     return min(tried, key=lambda partition: partition.peak)
 
@@ -401,36 +419,49 @@ def fewest_modules(
         InputError: nothing fits; the message says what would.
     """
     costs = Costs(arguments, batch_size)
-    ends = fewest(costs, budget) if partition == "auto" else None
-    for K in range(len(ends or [1]), len(costs.units) + 1):
-        cuts = _cuts_that_may_fit(costs, K, partition, budget)
-        if cuts is None:
-            continue
-        changed = arguments | {"local_module_num": K}
-        peak = metered_peak(changed, batch_size, cuts)
+    if not _allowed(costs, partition):
+        raise InputError(
+            f"no number of modules has {partition} cuts and all else that was asked for: "
+            "h_reconstruct needs a published loss scale, or a loss_scale of your own"
+        )
+    for cuts in _cuts_that_may_fit(costs, partition, budget):
+        peak = metered_peak(arguments, batch_size, cuts)
         if peak <= budget:
             return Partition(cuts, peak)
     raise InputError(_what_would_fit(costs, partition, budget))
 
 
-def _cuts_that_may_fit(costs: Costs, K: int, partition: str, budget: int) -> list[Cut] | None:
-    """Cuts of K modules, None if by the sum of the parts they take more, or if K is impossible."""
+def _cuts_that_may_fit(costs: Costs, partition: str, budget: int) -> Iterator[list[Cut]]:
+    """Cuts that fit the budget by the sum of the parts, of the fewest modules first."""
+    if partition == "auto":
+        possible = counts_within(reach(costs, budget - costs.batch - costs.units_fixed))
+    for K in _allowed(costs, partition):
+        if partition == "auto":
+            if not possible >> K & 1:
+                continue
+            ends = tightest(costs, wanted=1 << K)
+        else:
+            ends = costs.ends(_listed_cuts(costs, partition, K))
+        if max(costs.peaks(ends)) <= budget:
+            yield costs.cuts(ends)
+
+
+def _allowed(costs: Costs, partition: str) -> list[int]:
+    """Numbers of modules that there are with this context mode, decoder and partition."""
+    a, allowed = costs.arguments, []
+    for K in range(max(1, costs.mode.recent), len(costs.units) + 1):
+        with contextlib.suppress(InputError):
+            if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
+                published_loss_scale(a["layers"], K, a["dataset"], partition == "balanced")
+            if partition != "auto":
+                _listed_cuts(costs, partition, K)
+            allowed.append(K)
+    return allowed
+
+
+def _listed_cuts(costs: Costs, partition: str, K: int) -> list[Cut]:
     a = costs.arguments
-    if costs.mode.recent > K:
-        return None
-    try:
-        if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
-            published_loss_scale(a["layers"], K, a["dataset"], partition == "balanced")
-        if partition != "auto":
-            cuts = choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
-            return cuts if max(costs.peaks(costs.ends(cuts))) <= budget else None
-    except InputError:
-        return None
-    ends = fewest(costs, budget)
-    if ends is None or len(ends) > K:
-        return None
-    best = split(costs, tightest(costs, K), K)
-    return costs.cuts(min(best, split(costs, ends, K), key=lambda e: max(costs.peaks(e))))
+    return choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
 
 
 def _what_would_fit(costs: Costs, partition: str, budget: int) -> str:
@@ -457,19 +488,16 @@ def _what_would_fit(costs: Costs, partition: str, budget: int) -> str:
 def _least(costs: Costs, partition: str) -> tuple[int, int]:
     """The smallest peak of all numbers of modules, and that number."""
     if partition == "auto":
-        ends = tightest(costs, len(costs.units))
+        ends = tightest(costs, wanted=sum(1 << K for K in _allowed(costs, partition)))
         return max(costs.peaks(ends)), len(ends)
-    found = []
-    for K in range(1, len(costs.units) + 1):
-        with contextlib.suppress(InputError):  # of a K without published balanced cuts
-            a = costs.arguments
-            cuts = choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
-            found.append((max(costs.peaks(costs.ends(cuts))), K))
-    return min(found)
+    return min(
+        (max(costs.peaks(costs.ends(_listed_cuts(costs, partition, K)))), K)
+        for K in _allowed(costs, partition)
+    )
 
 
 def metered_peak(arguments: dict[str, Any], batch_size: int, cuts: list[Cut]) -> int:
     """Peak of a training step with these cuts, in bytes."""
     with FakeTensorMode():
         network = build_network(**arguments | {"cuts": cuts, "local_module_num": len(cuts) + 1})
-        return max(step_costs(network, *fake_batch(arguments, batch_size))[1])
+        return max(step_peaks(network, *fake_batch(arguments, batch_size)))

@@ -71,11 +71,10 @@ def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
     """
     with FakeTensorMode():
         network = build_network(**arguments)
-        images, targets = fake_batch(arguments, batch_size)
-        flops, peaks = step_costs(network, images, targets)
-        end_to_end = build_network(**arguments | END_TO_END)
-        inference = inference_flops(network, images[:1])
-        (end_to_end_peak,) = step_costs(end_to_end, images, targets)[1]
+        batch = fake_batch(arguments, batch_size)
+        flops, peaks = step_flops(network, *batch), step_peaks(network, *batch)
+        inference = inference_flops(network, batch[0][:1])
+        (end_to_end,) = step_peaks(build_network(**arguments | END_TO_END), *batch)
     modules = [
         ModulePlan(
             index=module.index,
@@ -89,7 +88,7 @@ def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
     return Plan(
         peak_bytes=max(peaks),
         peak_module=peaks.index(max(peaks)),
-        end_to_end_peak_bytes=end_to_end_peak,
+        end_to_end_peak_bytes=end_to_end,
         modules=modules,
         parameters=network.parameter_counts(),
         inference_flops_per_sample=inference,
@@ -102,24 +101,29 @@ def fake_batch(arguments: dict[str, Any], batch_size: int) -> tuple[Tensor, Tens
     return torch.empty(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
 
 
-def step_costs(
-    network: ContSupNetwork, images: Tensor, targets: Tensor
-) -> tuple[list[int], list[int]]:
-    """FLOPs and peak bytes of each module's turn in a training step.
-
-    FLOPs are counted in a first step, which makes the momentum, bytes in a second.
-    """
-    optimizers = make_optimizers(network)
-    totals = Totals(network, images.device)
-    flops, peaks = [], []
+def step_flops(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list[int]:
+    """FLOPs of each module's turn in a training step."""
+    flops = []
     with FlopCounterMode(display=False) as counter:
-        for _ in train_step(network, optimizers, images, targets, totals):
+        totals = Totals(network, images.device)
+        for _ in train_step(network, make_optimizers(network), images, targets, totals):
             flops.append(counter.get_total_flops() - sum(flops))
+    return flops
+
+
+def step_peaks(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list[int]:
+    """Peak bytes of each module's turn in a training step, from the second on."""
+    optimizers = make_optimizers(network)
+    for optimizer in optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    totals = Totals(network, images.device)
+    peaks = []
     with LiveBytes(tensors_alive(network, optimizers, images, targets)) as meter:
         for _ in train_step(network, optimizers, images, targets, totals):
             peaks.append(meter.peak)
             meter.peak = meter.live
-    return flops, peaks
+    return peaks
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from configs import DATASETS, InputError, one_line
-from dataloaders import Batches, count_classes, epoch_seed, load_dataset
+from dataloaders import Batches, check_image_size, count_classes, epoch_seed, load_dataset
 from engine import Totals, evaluate, learning_rate, make_optimizers, train_one_epoch
 from memory import GIB, PeakMemory, readable
 from models import ContSupNetwork, build_network
@@ -110,6 +110,7 @@ def run(argv: list[str]) -> None:
     arguments["num_classes"] = DATASETS[options.dataset].classes or count_classes(
         options.data_dir, "test" if options.evaluate else "train"
     )
+    check_image_size(options.dataset, options.image_size)
     if options.cuts is None:
         choose_partition(options, arguments)
     if options.dry_run:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import main
 from golden import fill
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,17 +40,6 @@ def elsewhere(tmp_path, monkeypatch):
         return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
 
     monkeypatch.setattr(train, "load_dataset", load_less)
-
-
-def main(monkeypatch, capsys, *arguments):
-    """Exit status, output lines and error lines of train.py."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    try:
-        status = train.main()
-    except SystemExit as error:
-        status = error.code
-    captured = capsys.readouterr()
-    return status, captured.out.splitlines(), captured.err.splitlines()
 
 
 def metrics_of(folder):

@@ -1,0 +1,203 @@
+"""Chosen cuts against all cuts, each metered as a whole."""
+
+import json
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from cli import main
+
+import options
+import partition
+import train
+from configs import BALANCED_CUTS, InputError, choose_cuts, unit_names
+from models import build_network
+from models.checkpoint import read_checkpoint
+from partition import Costs, fewest_modules, metered_peak, smallest_peak
+
+BATCH = 512
+NETWORK = {
+    name: getattr(options.fill_in(options.build_parser().parse_args([])), name)
+    for name in options.NETWORK_OPTIONS
+} | {"dataset": "cifar10"}
+WAYS = [
+    {"context_mode": "R0"},
+    {"context_mode": "R2", "recompute": True},
+    {"context_mode": "E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
+    {"context_mode": "R1E", "context_group": 0},
+]
+
+
+def arguments_of(way, layers=14, K=3):
+    return NETWORK | {"layers": layers, "local_module_num": K} | dict(way)
+
+
+@cache
+def all_peaks(number, K):
+    """Metered peak of every way to cut a ResNet-14 into K modules."""
+    arguments = arguments_of(WAYS[number], K=K)
+    return {
+        cuts: metered_peak(arguments, BATCH, list(cuts))
+        for cuts in combinations(unit_names(14)[:-1], K - 1)
+    }
+
+
+@pytest.mark.parametrize(("number", "K"), [(0, 2), (1, 2), (1, 3), (2, 2), (3, 2), (3, 3)])
+def test_auto_has_the_smallest_peak_of_all_cuts(number, K):
+    """To 0.1 %, for the search leaves out what the heads of one stage own more than another's."""
+    found = smallest_peak(arguments_of(WAYS[number], K=K), BATCH)
+    peaks = all_peaks(number, K)
+    assert found.peak == peaks[tuple(found.cuts)]
+    assert found.peak <= 1.001 * min(peaks.values())
+
+
+@pytest.mark.parametrize(("number", "K"), [(0, 2), (1, 3), (2, 2), (3, 3)])
+def test_the_sum_of_the_parts_is_the_metered_whole(number, K):
+    costs = Costs(arguments_of(WAYS[number]), BATCH)
+    for cuts, peak in all_peaks(number, K).items():
+        assert max(costs.peaks(costs.ends(cuts))) == pytest.approx(peak, rel=0.002)
+
+
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_auto_is_no_worse_than_published_cuts(K):
+    arguments = arguments_of({"context_mode": "E"}, layers=32, K=K)
+    found = smallest_peak(arguments, BATCH)
+    for cuts in (choose_cuts(32, K, "cifar10"), BALANCED_CUTS[32, "cifar10", K]):
+        assert found.peak <= metered_peak(arguments, BATCH, cuts)
+
+
+def test_equal_cuts_win_where_none_are_better():
+    arguments = arguments_of({}, layers=8, K=4)
+    assert smallest_peak(arguments, BATCH).cuts == choose_cuts(8, 4, "cifar10")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_budget_takes_the_fewest_modules(number):
+    arguments = arguments_of(WAYS[number])
+    recent = int(number == 1) + 1  # of R2 and R1E, and no fewer modules
+    least = {K: min(all_peaks(number, K).values()) for K in (2, 3)}
+    least[1] = metered_peak(arguments | {"context_mode": "R0"}, BATCH, [])
+    for budget in (1.01 * least[2], 1.01 * least[3], 0.99 * least[2], 2 * least[1]):
+        fitting = [K for K in least if least[K] <= budget and recent <= K]
+        if fitting:
+            found = fewest_modules(arguments, BATCH, "auto", int(budget))
+            assert len(found.cuts) + 1 == min(fitting)
+            assert found.peak <= budget
+
+
+def test_budget_with_equal_cuts():
+    arguments = arguments_of({"context_mode": "E"})
+    peaks = {K: metered_peak(arguments, BATCH, choose_cuts(14, K, "cifar10")) for K in range(1, 8)}
+    for budget in set(peaks.values()):
+        K = min(k for k in peaks if peaks[k] <= budget)
+        found = fewest_modules(arguments, BATCH, "equal", budget)
+        assert found == (choose_cuts(14, K, "cifar10"), peaks[K])
+
+
+def test_budget_keeps_to_what_a_mode_and_the_loss_scales_allow():
+    plenty = 2**40
+    assert len(fewest_modules(arguments_of({"context_mode": "R3"}), 8, "auto", plenty).cuts) == 2
+    with_decoder = arguments_of({"h_reconstruct": True}, layers=32)
+    of_3 = metered_peak(with_decoder | {"loss_scale": (1, 1, 1, 1)}, 8, [(1, 1), (2, 0)])
+    found = fewest_modules(with_decoder, 8, "auto", of_3)
+    assert len(found.cuts) + 1 == 4  # no scales are published for 3
+
+
+def test_what_would_fit_fits():
+    arguments = arguments_of({"context_mode": "E"}, layers=8)
+    least = min(
+        metered_peak(arguments, BATCH, list(cuts))
+        for K in range(1, 5)
+        for cuts in combinations(unit_names(8)[:-1], K - 1)
+    )
+    budget = least // 3
+    with pytest.raises(InputError) as error:
+        fewest_modules(arguments, BATCH, "auto", budget)
+    message = str(error.value)
+    assert f"the smallest peak is {partition.readable(least)}" in message
+    assert "with --recompute it is" in message
+    batch = int(message.split("--batch_size ")[1].split()[0])
+    assert fewest_modules(arguments, batch, "auto", budget).peak <= budget
+    with pytest.raises(InputError):
+        fewest_modules(arguments, int(batch * 1.02) + 1, "auto", budget)
+
+
+def test_nothing_fits_a_budget_below_the_weights():
+    with pytest.raises(InputError, match="no batch size fits"):
+        fewest_modules(arguments_of({}), 8, "auto", 2**20)
+
+
+# From the command line
+
+TINY = [
+    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--batch_size", "16",
+    "--epochs", "1", "--device", "cpu", "--output_dir", "run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cuts"),
+    [
+        (["--partition", "auto", "--local_module_num", "2"], [(1, 0)]),
+        (["--memory_budget", "0.0085"], [(0, 0), (1, 0)]),
+        (["--cuts", "0,0", "2,0"], [(0, 0), (2, 0)]),
+        (["--partition", "equal", "--local_module_num", "2"], None),
+    ],
+)
+def test_a_run_keeps_its_cuts(monkeypatch, capsys, tmp_path, arguments, cuts):
+    """A plan is made once: a run that goes on has the cuts that it began with."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = main(monkeypatch, capsys, *TINY, *arguments)
+    assert (status, err) == (0, [])
+    kept = read_checkpoint("run/checkpoint.pt").options
+    assert kept["cuts"] == cuts
+    assert json.loads(Path("run/config.json").read_text())["partition"] == kept["partition"]
+    monkeypatch.setattr(train, "smallest_peak", None)
+    monkeypatch.setattr(train, "fewest_modules", None)
+    again = ["--resume", "run/checkpoint.pt", "--epochs", "2", "--output_dir", "longer"]
+    status, longer, err = main(monkeypatch, capsys, *again)
+    assert (status, err) == (0, [])
+    assert longer[1] == out[1]
+    assert main(monkeypatch, capsys, "--evaluate", "longer/checkpoint.pt")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory_budget", "1", "--local_module_num", "2"], "leave --local_module_num out"),
+        (["--cuts", "1,0", "--partition", "auto"], "leave --partition"),
+        (["--cuts", "1,0", "--memory_budget", "1"], "leave --partition"),
+        (["--balanced_memory", "--partition", "auto"], "is not --partition auto"),
+        (["--json"], "give --dry_run as well"),
+        (["--dry_run", "--evaluate", "a.pt"], "give one of them"),
+        (["--cuts", "1.0"], "no STAGE,BLOCK"),
+        (["--cuts", "3,0"], "not after [3, 0]"),
+        (["--cuts", "2,0", "1,0"], "front to back"),
+        (["--cuts", "1,0", "--local_module_num", "3"], "2 cuts between them"),
+        (["--partition", "balanced", "--local_module_num", "2"], "no balanced cuts are published"),
+        (["--memory_budget", "0.0001"], "no batch size fits"),
+        (["--partition", "auto", "--local_module_num", "5"], "has 4 units"),
+        (["--memory_budget", "0"], "not a number above 0"),
+        (["--memory_budget", "1", "--h_reconstruct", "--context_mode", "R2"], "no number of"),
+        (["--dry_run", "--image_size", "64"], "image_size is for folder"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = main(monkeypatch, capsys, *TINY, *arguments)
+    assert (status, len(err)) == (2, 1), err
+    assert message in err[0]
+    assert not list(Path().iterdir())
+
+
+def test_balanced_memory_is_partition_balanced():
+    published = ["--dataset", "cifar10", "--local_module_num", "4"]
+    read = [
+        vars(options.read_options([*published, *how])[0])
+        for how in (["--balanced_memory"], ["--partition", "balanced"])
+    ]
+    assert read[0] == read[1]
+    network = build_network(**{name: read[0][name] for name in options.NETWORK_OPTIONS})
+    cuts = [module.unit_names[-1] for module in network.local_modules[:-1]]
+    assert cuts == BALANCED_CUTS[32, "cifar10", 4]
