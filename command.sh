@@ -44,10 +44,12 @@ case "${1:-}" in
         for layers in 32 110 1202; do
             .venv/bin/python train.py --dataset cifar10 --context_mode E --batch_size 256 \
                 --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
-                .venv/bin/python -c 'import json, sys; plan = json.load(sys.stdin); print(
-                    f"| {sys.argv[1]} | {plan["end_to_end_peak_bytes"] / 2**20:,.0f} "
-                    f"| {len(plan["modules"])} | {plan["peak_bytes"] / 2**20:,.0f} |"
-                )' "$layers"
+                .venv/bin/python -c '
+import json, sys
+plan = json.load(sys.stdin)
+whole, modules, peak = plan["end_to_end_peak_bytes"], len(plan["modules"]), plan["peak_bytes"]
+print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f} |")
+' "$layers"
         done
         ;;
     test)

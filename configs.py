@@ -140,14 +140,17 @@ def check_cuts(cuts: Sequence[Cut], layers: int, K: int) -> None:
     """InputError unless these are K-1 units of a ResNet, in order and without its last."""
     units = unit_names(layers)
     _check_module_num(K, layers)
-    if len(cuts) != K - 1:
-        raise InputError(f"{K} modules have {K - 1} cuts between them, but {len(cuts)} are given")
-    places = [units.index(cut) if cut in units[:-1] else -1 for cut in map(tuple, cuts)]
-    if -1 in places:
-        raise InputError(
-            f"a cut of ResNet-{layers} lies after [stage, block] [0, 0] or [1, 0] to "
-            f"{list(units[-2])}, not after {list(cuts[places.index(-1)])}"
-        )
+    if not isinstance(cuts, Sequence) or len(cuts) != K - 1:
+        count = len(cuts) if isinstance(cuts, Sequence) else repr(cuts)
+        raise InputError(f"{K} modules have {K - 1} cuts between them, but {count} are given")
+    places = []
+    for cut in cuts:
+        if not isinstance(cut, Sequence) or tuple(cut) not in units[:-1]:
+            raise InputError(
+                f"a cut of ResNet-{layers} lies after [stage, block] [0, 0] or [1, 0] to "
+                f"{list(units[-2])}, not after {list(cut) if isinstance(cut, tuple) else cut!r}"
+            )
+        places.append(units.index(tuple(cut)))
     if places != sorted(set(places)):
         raise InputError("cuts go from front to back, each but once")
 

@@ -101,9 +101,12 @@ def encode_in_groups(
         group: how many channels of the last layer are worked on at a time, at least 1.
     Returns:
         (N, C, S, S) with a storage of its own; under autocast in autocast's dtype.
+    Raises:
+        ValueError: in training, there is but one value a channel.
     """
-    device = source.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
+    device, dtype = source.device.type, source.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
     norms = [bn for _, bn in layers]
     for bn in norms:
         if bn.training:
@@ -206,12 +209,15 @@ def _statistics(conv: Tensor, bn: nn.BatchNorm2d, part: slice) -> tuple[Tensor, 
     running_mean, running_var = bn.running_mean[part], bn.running_var[part]
     if not bn.training:
         return running_mean.clone(), running_var.clone()
+    count = conv.numel() // conv.shape[1]
+    if count < 2:
+        raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     wide = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
     mean = wide.mean(dim=(0, 2, 3))
     var = (wide - mean[:, None, None]).square_().mean(dim=(0, 2, 3))
-    count = conv.numel() // conv.shape[1]
-    running_mean.lerp_(mean, bn.momentum)
-    running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    unbiased = var * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), bn.momentum)
+    running_var.lerp_(unbiased.to(running_var.dtype), bn.momentum)
     return mean, var
 
 

@@ -1,7 +1,6 @@
 """`--recompute`: of a unit only the input is kept, and the backward runs its forward again."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,25 @@ def keep_input_only(unit: nn.Module, x: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return unit(x)
-    contexts = nullcontext(), _running_statistics_stay(unit)
+    contexts = nullcontext(), RunningStatisticsStay(unit)
     return checkpoint(unit, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
-@contextmanager
-def _running_statistics_stay(unit: nn.Module) -> Iterator[None]:
-    """A momentum of 0 moves nothing, and all that autograd saves is what it was the first time."""
-    norms = [m for m in unit.modules() if isinstance(m, nn.BatchNorm2d)]
-    kept = [(bn.momentum, bn.num_batches_tracked) for bn in norms]
-    for bn in norms:
-        bn.momentum, bn.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for bn, (momentum, count) in zip(norms, kept, strict=True):
+class RunningStatisticsStay:
+    """A context in which a unit's forward moves no running statistics.
+
+    A BatchNorm momentum of 0 moves nothing, and leaves what autograd saves as it was the first
+    time. It may be entered again for another backward.
+    """
+
+    def __init__(self, unit: nn.Module) -> None:
+        self.norms = [m for m in unit.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def __enter__(self) -> None:
+        self.kept = [(bn.momentum, bn.num_batches_tracked) for bn in self.norms]
+        for bn in self.norms:
+            bn.momentum, bn.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *exception: object) -> None:
+        for bn, (momentum, count) in zip(self.norms, self.kept, strict=True):
             bn.momentum, bn.num_batches_tracked = momentum, count

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import fill
+from test_network import tiny, tiny_batch
 
 import models
+from engine import make_optimizers
 from models.official import official_names
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.json"))
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def close(actual, expected):
@@ -19,7 +21,7 @@ def close(actual, expected):
     torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=1e-6, atol=1e-6)
 
 
-def build(case):
+def build(case, **how):
     network = models.build_network(
         layers=case["layers"],
         local_module_num=case["K"],
@@ -32,6 +34,7 @@ def build(case):
         aux_net_config=case["aux"]["config"],
         aux_net_widen=case["aux"]["widen"],
         aux_net_feature_dim=case["aux"]["feature_dim"],
+        **how,
     ).double()
     weights = {name: torch.as_tensor(value) for name, value in fill.state_dict(case).items()}
     models.load_official_state_dict(network, weights)
@@ -46,10 +49,20 @@ def check_evaluation(network, images, targets, expected):
     network.train()
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden(path):
-    case = json.loads(path.read_text())
-    network = build(case)
+@pytest.mark.parametrize(
+    ("name", "context_group", "recompute"),
+    [
+        ("r32_k4_E_softmax", 0, False),
+        ("r32_k4_E_softmax", 5, True),
+        ("r32_k8_R2_softmax", 0, True),
+        ("r32_k8_R2_softmax", 5, False),
+        ("r32_k8_R0_softmax_decoder", 16, False),
+        ("r32_k16_R1E_contrast", 16, True),
+    ],
+)
+def test_golden(name, context_group, recompute):
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    network = build(case, context_group=context_group, recompute=recompute)
     images, targets = map(torch.as_tensor, fill.batch(case))
     settings = {k: v for k, v in case["sgd"].items() if k != "steps"}
     optimizers = {m: torch.optim.SGD(m.parameters(), **settings) for m in network.local_modules}
@@ -81,4 +94,28 @@ def test_golden(path):
 
 
 def test_all_golden_cases_are_there():
-    assert len(CASES) == 4
+    assert len(list(GOLDEN.glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+@pytest.mark.parametrize("mode", ["R0", "R1", "R2", "R3", "E", "R1E", "R2E"])
+def test_groups_and_recomputation_train_the_same_network(mode, loss):
+    images, targets = tiny_batch()
+    results = []
+    for context_group, recompute in [(0, False), (5, True)]:
+        network = tiny(
+            context_mode=mode, local_loss_mode=loss, h_reconstruct=True, loss_scale=(1, 1, 1, 1),
+            context_group=context_group, recompute=recompute,
+        )  # fmt: skip
+        optimizers = make_optimizers(network)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.05
+
+        def update(module, optimizers=optimizers):
+            optimizers[module.index].step()
+            optimizers[module.index].zero_grad()
+
+        steps = [network.local_step(images, targets, update) for _ in range(3)]
+        results.append((steps, network.state_dict()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+    assert results[1][0][0][1] != results[1][0][2][1]
