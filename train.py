@@ -65,13 +65,20 @@ class Progress:
             print(f"{self.title}  step {step:4}/{self.steps}  {text}", flush=True)
 
 
+def headline(options: argparse.Namespace) -> str:
+    """Net, data and method in a line."""
+    loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
+    return (
+        f"ResNet-{options.layers} on {options.dataset}: K={options.local_module_num}, "
+        f"context {options.context_mode}, {loss}"
+    )
+
+
 def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
     """What is to be trained, in three lines."""
-    loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
     cuts = [list(module.unit_names[-1]) for module in network.local_modules[:-1]]
     counts = [f"{name} {n:,}" for name, n in network.parameter_counts().items()]
-    print(f"ResNet-{options.layers} on {options.dataset}: K={options.local_module_num}, "
-          f"context {options.context_mode}, {loss}")  # fmt: skip
+    print(headline(options))
     print("cuts after [stage, block]:", *(cuts or ["none"]))
     print("parameters:", ", ".join(counts), flush=True)
 
@@ -111,20 +118,27 @@ def run(argv: list[str]) -> None:
         options.data_dir, "test" if options.evaluate else "train"
     )
     check_image_size(options.dataset, options.image_size)
+    device = None if options.dry_run else choose_device(options.device)
+    predicted_peak = None
     if options.cuts is None:
-        choose_partition(options, arguments)
+        predicted_peak = choose_partition(options, arguments)
     if options.dry_run:
         plan = make_plan(arguments, options.batch_size)
-        print(json.dumps(plan.as_json())) if options.json else print_plan(plan)
+        if options.json:
+            print(json.dumps(plan.as_json()))
+        else:
+            print(f"{headline(options)}; a step of {options.batch_size} samples in float32")
+            print_plan(plan)
         return
 
-    device = choose_device(options.device)
     data_config = DATASETS[options.dataset]
     torch.manual_seed(options.seed)
     network = build_network(**arguments).to(device)
     if checkpoint is not None:
         load_weights(network, checkpoint)
     print_network(network, options)
+    if predicted_peak:
+        print(f"predicted peak {readable(predicted_peak)}", flush=True)
 
     if not options.evaluate:
         folder = RunFolder(run_folder(options), options)
@@ -173,9 +187,10 @@ def run(argv: list[str]) -> None:
         sys.exit(130)
 
 
-def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> int | None:
     """Put the cuts that --partition auto and --memory_budget ask for into options and arguments.
 
+    Returns the peak in bytes that they will have, None where there was nothing to choose.
     InputError if nothing fits the budget.
     """
     if options.memory_budget:
@@ -185,9 +200,10 @@ def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> 
     elif options.partition == "auto":
         found = smallest_peak(arguments, options.batch_size)
     else:
-        return
+        return None
     options.local_module_num = arguments["local_module_num"] = len(found.cuts) + 1
     options.cuts = arguments["cuts"] = found.cuts or None
+    return found.peak
 
 
 def note_if_above_free(budget: int, device: str) -> None:
