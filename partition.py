@@ -18,12 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs import (
-    Cut,
-    InputError,
-    choose_cuts,
-    published_loss_scale,
-)
+from configs import Cut, InputError, choose_cuts, published_loss_scale
 from memory import LiveBytes, readable
 from models import LocalModule, build_network
 from models.context import ContextMode, Contexts, ContextSupply
@@ -32,6 +27,8 @@ from planner import END_TO_END, fake_batch, step_peaks
 
 Shape = tuple[int, int]
 """Channels and side length of features."""
+
+IMAGE_CHANNELS = 3
 
 # ---------------------------------------------------------------------------------------------
 # What the parts take, in bytes
@@ -104,7 +101,7 @@ class Costs:
             for module in self._one_of_each_stage():
                 shape = self.shapes[self.names.index(module.unit_names[-1])]
                 self.heads[shape] = head_cost(module, shape, images, targets)
-        self.image = tuple(images.shape[1:3])
+        self.image: Shape = tuple(images.shape[1:3])
         self.batch = images.nbytes + targets.nbytes
         self.batch += images.nbytes if arguments["h_reconstruct"] else 0
         self.units_fixed = fixed_bytes(all_units.units)
@@ -134,8 +131,8 @@ class Costs:
 
     def module_ends(self, start: int, window: Contexts[Shape]) -> Iterator[Candidate]:
         """Every module that may start with unit `start`, the shortest first."""
-        sources, supply, held = {}, SupplyCost(0, 0, 0, 0, 0), 0
-        at_start = at_end = 0
+        supply = SupplyCost(forward=0, kept=0, backward=0, parameters=0, fixed=0)
+        held = at_start = at_end = 0
         if start:
             sources, entry = window.named(), self.shapes[start - 1]
             supply = self.supply(entry, sources)
@@ -186,15 +183,15 @@ def unit_costs(
     module: LocalModule, images: Tensor, recompute: bool
 ) -> tuple[list[UnitCost], list[Shape]]:
     """Of the units of a module that is a whole net, and the shapes that they give out."""
-    kept, backward, shapes = _keep_and_go_back(module, images, recompute)
-    kept_last, backward_last, _ = _keep_and_go_back(module, images, outputs_stay=True)
+    kept, backward, shapes = _meter_units(module, images, recompute)
+    kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
     outputs = [_bytes(len(images), shape) for shape in shapes]
     parameters = [sum(p.nbytes for p in unit.parameters()) for unit in module.units]
     columns = outputs, kept, backward, kept_last, backward_last, parameters
     return list(map(UnitCost, *columns)), shapes
 
 
-def _keep_and_go_back(
+def _meter_units(
     module: LocalModule, images: Tensor, recompute: bool = False, outputs_stay: bool = False
 ) -> tuple[list[int], list[int], list[Shape]]:
     """Of each unit: bytes that its forward leaves, peak of its backward, shape of its output.
@@ -207,7 +204,7 @@ def _keep_and_go_back(
     with LiveBytes([*module.parameters(), *module.buffers(), images]) as meter:
 
         def is_through(index: int, gradient: Tensor | None = None) -> None:
-            """The backward of a unit (after the last one: of the head) has its gradient ready."""
+            """The backward of a unit (or, with the index after the last one, of the head)."""
             if index < len(peaks):
                 peaks[index] = meter.peak
             meter.peak = meter.live
@@ -258,7 +255,7 @@ def supply_cost(
 
     h = features(shape)
     if not sources:
-        return SupplyCost(0, h.nbytes, 0, 0, 0)
+        return SupplyCost(forward=0, kept=h.nbytes, backward=0, parameters=0, fixed=0)
     channels = {name: source[0] for name, source in sources.items()}
     supply = ContextSupply(
         channels, shape[0], arguments["aux_net_widen"], arguments["context_group"]
@@ -268,9 +265,9 @@ def supply_cost(
         before = meter.live
         h_in = supply(h, contexts)
         forward, kept = meter.peak - before, meter.live - before
-        # The oldest falls out of the window: only the backward holds it now, until it is used.
+        # The oldest falls out of the window, so only autograd holds it now; an image stays.
         oldest = f"recent_{ContextMode.parse(arguments['context_mode']).recent - 1}"
-        if sources.get(oldest, (3, 0))[0] != 3:
+        if channels.get(oldest, IMAGE_CHANNELS) != IMAGE_CHANNELS:
             del contexts[oldest]
         begun = []
 

@@ -21,9 +21,6 @@ from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
-PARAMETERS = 4
-"""A layer's first so many tensors are learned."""
-
 
 class Layer(NamedTuple):
     """Conv-BN-ReLU with C channels out: the weight (C, C_in, k, k), other tensors (C,)."""
@@ -38,19 +35,20 @@ class Layer(NamedTuple):
     eps: float
 
     @classmethod
-    def meeting(
-        cls, x: Tensor, parameters: Sequence[Tensor], bn: nn.BatchNorm2d, part: slice
+    def first_run(
+        cls, x: Tensor, learned: Sequence[Tensor], bn: nn.BatchNorm2d, channels: slice
     ) -> tuple["Layer", Tensor]:
-        """Some channels of a layer, with the statistics that it takes of x, and its output."""
-        weight, bias, gamma, beta = (p[part] for p in parameters)
+        """The layer that makes some channels, with the statistics that it takes, and its output."""
+        weight, bias, gamma, beta = (parameter[channels] for parameter in learned)
         conv = _convolve(x, weight, bias)
-        layer = cls(weight, bias, gamma, beta, *_statistics(conv, bn, part), bn.training, bn.eps)
+        taken = _statistics(conv, bn, channels)
+        layer = cls(weight, bias, gamma, beta, *taken, bn.training, bn.eps)
         return layer, layer.normalise(conv)
 
-    def part(self, part: slice) -> "Layer":
+    def only(self, channels: slice) -> "Layer":
         """The layer that makes some of the channels."""
         *tensors, of_batch, eps = self
-        return Layer(*(t[part] for t in tensors), of_batch, eps)
+        return Layer(*(tensor[channels] for tensor in tensors), of_batch, eps)
 
     def normalise(self, conv: Tensor) -> Tensor:
         """BN and ReLU by the layer's own statistics."""
@@ -124,29 +122,28 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source, size, group, dtype, norms, *parameters):
-        *first, last = (parameters[i : i + PARAMETERS] for i in range(0, len(parameters), 4))
+        *first, last = (parameters[i : i + 4] for i in range(0, len(parameters), 4))
         layers = []
         with torch.autocast(source.device.type, enabled=False):
             x = _as_input(source, dtype)
             for learned, bn in zip(first, norms, strict=False):
-                layer, x = Layer.meeting(x, learned, bn, slice(None))
+                layer, x = Layer.first_run(x, learned, bn, slice(None))
                 layers.append(layer)
-            channels = len(last[0])
             context = torch.empty(
-                (len(x), channels, *size), dtype=dtype, device=x.device,
+                (len(x), len(last[0]), *size), dtype=dtype, device=x.device,
                 memory_format=_memory_format(source),
             )  # fmt: skip
             taken = []
-            for part in _parts(channels, group):
-                layer, y = Layer.meeting(x, last, norms[-1], part)
-                context[:, part] = pool(y, size)
+            for channels in _groups(len(last[0]), group):
+                layer, y = Layer.first_run(x, last, norms[-1], channels)
+                context[:, channels] = pool(y, size)
                 taken.append((layer.mean, layer.var))
                 del y
         mean, var = map(torch.cat, zip(*taken, strict=True))
-        layers.append(Layer(*last, mean, var, *layer[-2:]))
+        layers.append(Layer(*last, mean, var, layer.of_batch, layer.eps))
         ctx.group, ctx.dtype = group, dtype
-        ctx.norms = [layer[-2:] for layer in layers]
-        ctx.save_for_backward(source, *(t for layer in layers for t in layer[:-2]))
+        ctx.norms = [(layer.of_batch, layer.eps) for layer in layers]
+        ctx.save_for_backward(source, *(tensor for layer in layers for tensor in layer[:6]))
         return context
 
     @staticmethod
@@ -156,40 +153,50 @@ class _Encode(torch.autograd.Function):
         *first, last = (
             Layer(*tensors[6 * i : 6 * i + 6], *norm) for i, norm in enumerate(ctx.norms)
         )
-        needs_x = bool(first) or ctx.needs_input_grad[0]
+        needs_source = ctx.needs_input_grad[0]
         with torch.autocast(source.device.type, enabled=False):
             inputs, maps = [_as_input(source, ctx.dtype)], []
             for layer in first:
                 maps.append(layer.maps(inputs[-1]))
                 inputs.append(maps[-1][1])
-
-            x = inputs.pop()
-            of_x, of_groups = None, []
-            for part in _parts(len(last.bias), ctx.group):
-                layer = last.part(part)
-                made = layer.maps(x)
-                of_out = [_pool_backward(grad[:, part], made[1])]
-                more, of_parameters = layer.backward(of_out, x, made, needs_x)
-                of_groups.append(of_parameters)
-                of_x = more if of_x is None else of_x.add_(more)
-                del more
-            of_parameters = list(map(torch.cat, zip(*of_groups, strict=True)))
-            of_out = [of_x]
-            del x, of_x, grad
+            of_out, of_parameters = _backward_in_groups(
+                last, ctx.group, inputs.pop(), grad, needs_x=bool(first) or needs_source
+            )
+            del grad
             for layer in reversed(first):
-                needs_x = len(inputs) > 1 or ctx.needs_input_grad[0]
-                of_x, of_layer = layer.backward(of_out, inputs.pop(), maps.pop(), needs_x)
-                of_out = [of_x]
-                of_parameters = of_layer + of_parameters
+                x = inputs.pop()
+                of_x, of_layer = layer.backward(
+                    of_out, x, maps.pop(), needs_x=bool(inputs) or needs_source
+                )
+                of_out, of_parameters = [of_x], of_layer + of_parameters
         return *of_out, None, None, None, None, *of_parameters
 
 
-def _parts(channels: int, group: int) -> list[slice]:
+def _backward_in_groups(
+    layer: Layer, group: int, x: Tensor, grad: Tensor, needs_x: bool
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """[gradient of x, or None] and those of the parameters, from the gradient of the context."""
+    of_x, of_groups = None, []
+    for channels in _groups(len(layer.bias), group):
+        some = layer.only(channels)
+        maps = some.maps(x)
+        of_out = [_pool_backward(grad[:, channels], maps[1])]
+        more, of_parameters = some.backward(of_out, x, maps, needs_x)
+        of_x = more if of_x is None else of_x.add_(more)
+        of_groups.append(of_parameters)
+        del more
+    return [of_x], list(map(torch.cat, zip(*of_groups, strict=True)))
+
+
+def _groups(channels: int, group: int) -> list[slice]:
     return [slice(start, start + group) for start in range(0, channels, group)]
 
 
 def _as_input(source: Tensor, dtype: torch.dtype) -> Tensor:
-    """For convs: on the CPU channels last, where oneDNN would reorder every map for every group."""
+    """What convs take: on the CPU channels last, for oneDNN reorders other maps at every call.
+
+    Forward and backward of 12 to 16 channels at 32x32 take half the time or less that way.
+    """
     on_cpu = source.device.type == "cpu"
     return source.to(dtype, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
 
@@ -204,9 +211,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _statistics(conv: Tensor, bn: nn.BatchNorm2d, part: slice) -> tuple[Tensor, Tensor]:
+def _statistics(conv: Tensor, bn: nn.BatchNorm2d, channels: slice) -> tuple[Tensor, Tensor]:
     """Mean and variance that BatchNorm normalises by; in training they move the running ones."""
-    running_mean, running_var = bn.running_mean[part], bn.running_var[part]
+    running_mean, running_var = bn.running_mean[channels], bn.running_var[channels]
     if not bn.training:
         return running_mean.clone(), running_var.clone()
     count = conv.numel() // conv.shape[1]
