@@ -346,9 +346,8 @@ def tightest(costs: Costs, wanted: int) -> list[int]:
     Weights do not count, so that cuts with smaller heads may be some of their bytes better.
     """
     low, high = 0, max(costs.peaks([len(costs.units)]))
-    while (
-        not counts_within(reach(costs, high)) & wanted
-    ):  # contexts may take more than end to end training
+    # With plain encoders or many contexts, modules can take more than the net as one.
+    while not counts_within(reach(costs, high)) & wanted:
         low, high = high, 2 * high
     while high - low > 1024:
         middle = (low + high) // 2
