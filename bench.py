@@ -16,21 +16,25 @@ import torch
 from configs import InputError, one_line
 from engine import Totals, make_optimizers, train_step
 from models import build_network
-from options import NETWORK_OPTIONS, Parser, read_options, whole
-from train import choose_device
+from options import Parser, read_options, whole
+from train import choose_device, network_arguments
 
 
 def training_step(argv: list[str]) -> Callable[[], None]:
     """One step of a run with these options, on random images, that waits for the device."""
     options, _ = read_options(argv)
+    for name in ("resume", "evaluate", "dry_run"):
+        if getattr(options, name):
+            raise InputError(f"a step of a new run is timed: leave --{name} out")
     device = choose_device(options.device)
+    arguments, _ = network_arguments(options)
     torch.manual_seed(0)
-    network = build_network(**{name: getattr(options, name) for name in NETWORK_OPTIONS}).to(device)
+    network = build_network(**arguments).to(device)
     optimizers = make_optimizers(network)
     totals = Totals(network, device)
     size = options.image_size
     images = torch.randn(options.batch_size, 3, size, size, device=device)
-    targets = torch.randint(10, (options.batch_size,), device=device)
+    targets = torch.randint(arguments["num_classes"], (options.batch_size,), device=device)
 
     def step() -> None:
         for _ in train_step(network, optimizers, images, targets, totals):
@@ -74,7 +78,7 @@ def main() -> int:
     try:
         rows = [("as given", argv)] + [(more, argv + shlex.split(more)) for more in own.versus]
         seconds = time_in_turn([training_step(arguments) for _, arguments in rows], own.steps)
-    except (InputError, ValueError) as error:
+    except (InputError, ValueError, torch.OutOfMemoryError) as error:
         print(f"bench.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     width = max(len(name) for name, _ in rows)

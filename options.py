@@ -141,7 +141,7 @@ def build_parser() -> Parser:
     add("--memory_budget", type=positive, metavar="GIB",
         help="take the fewest modules whose predicted peak is at most so many GiB (default: K is "
         "given instead)")
-    add("--cuts", type=cut, nargs="+", metavar="S,B",
+    add("--cuts", type=cut, nargs="*", metavar="S,B",
         help="the K-1 cuts, each by the [stage, block] that it lies right after (default: those "
         "of --partition)")
     add("--dry_run", **switch,
@@ -232,10 +232,18 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
     checkpoint = None
     if options.resume or options.evaluate:
         checkpoint = read_checkpoint(options.resume or options.evaluate)
-        if checkpoint.options and (options.partition or options.memory_budget):
-            raise InputError("a checkpoint has its cuts: leave --partition and --memory_budget out")
+        if checkpoint.options:
+            check_cuts_stay(options, checkpoint.options)
         options = parser.parse_args(as_arguments(checkpoint.options) + argv)
     return fill_in(options), checkpoint
+
+
+def check_cuts_stay(options: argparse.Namespace, kept: dict[str, object]) -> None:
+    """InputError if options, as typed, ask for another way to cut than a checkpoint's options."""
+    for name in ("partition", "memory_budget", "balanced_memory"):
+        typed = getattr(options, name)
+        if typed and typed != kept.get(name):
+            raise InputError(f"the checkpoint has cuts of its own: leave --{name} out")
 
 
 def check_together(options: argparse.Namespace) -> None:

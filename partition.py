@@ -8,6 +8,7 @@ as a whole before anyone relies on it.
 
 import contextlib
 import copy
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import accumulate
@@ -36,7 +37,8 @@ IMAGE_CHANNELS = 3
 
 class UnitCost(NamedTuple):
     """A unit's output; all that its forward leaves (the output included) and all that is alive at
-    the peak of its backward, inside a module and as its last unit; its parameters.
+    the peak of its backward, inside a module and as its last unit; its parameters, and the
+    largest one of them.
 
     As the last unit it is not recomputed, and its output stays: the next module waits for it.
     """
@@ -47,26 +49,33 @@ class UnitCost(NamedTuple):
     kept_last: int
     backward_last: int
     parameters: int
+    largest: int
 
 
 class HeadCost(NamedTuple):
-    """A head's, with its decoder: peak of forward and backward, parameters, all that it owns."""
+    """A head's, with its decoder: peak of forward and backward; its output, which stays until the
+    step is done; parameters and the largest one of them; all that it owns.
+    """
 
     peak: int
+    output: int
     parameters: int
+    largest: int
     fixed: int
 
 
 class SupplyCost(NamedTuple):
     """A context supply's: peak of the forward; what that leaves (what enters the module included);
-    peak of the backward on top of what is alive when it starts; parameters; all that it owns.
+    peak of the backward on top of what is alive when it starts; parameters and the largest one
+    of them; all that it owns.
     """
 
-    forward: int
-    kept: int
-    backward: int
-    parameters: int
-    fixed: int
+    forward: int = 0
+    kept: int = 0
+    backward: int = 0
+    parameters: int = 0
+    largest: int = 0
+    fixed: int = 0
 
 
 class Candidate(NamedTuple):
@@ -131,8 +140,8 @@ class Costs:
 
     def module_ends(self, start: int, window: Contexts[Shape]) -> Iterator[Candidate]:
         """Every module that may start with unit `start`, the shortest first."""
-        supply = SupplyCost(forward=0, kept=0, backward=0, parameters=0, fixed=0)
-        held = at_start = at_end = 0
+        supply = SupplyCost()
+        held = at_start = at_end = stays = 0
         if start:
             sources, entry = window.named(), self.shapes[start - 1]
             supply = self.supply(entry, sources)
@@ -141,18 +150,22 @@ class Costs:
             at_start = held + self.features(entry) + supply.forward
             stays = self.features(entry) if self.mode.recent else 0
             at_end = held + stays + supply.kept + supply.backward
-        inside = 0
+        inside, largest = -math.inf, supply.largest
         for end in range(start + 1, len(self.units) + 1):
             unit = self.units[end - 1]
             head = self.heads[self.shapes[end - 1]] if end < len(self.units) else self.last_head
             before = held + supply.kept + self.kept[end - 1] - self.kept[start]
-            later = head.parameters + self.gradients[end]
+            later = head.output + head.parameters + self.gradients[end]
+            gradients = later - self.gradients[start] + supply.parameters
+            largest = max(largest, unit.largest)
             peak = max(
                 at_start,
                 before + unit.kept_last + head.peak,
-                before + unit.backward_last + head.parameters,
+                before + unit.backward_last + head.output + head.parameters,
                 inside + unit.output + later,
-                at_end + unit.output + later - self.gradients[start] + supply.parameters,
+                at_end + unit.output + gradients,
+                # SGD makes two tensors of a gradient's size: weight decay added, Nesterov's step.
+                held + stays + unit.output + gradients + 2 * max(largest, head.largest),
             )
             yield Candidate(end, peak, supply.fixed + head.fixed)
             inside = max(inside, before + unit.backward - self.gradients[end])
@@ -186,8 +199,8 @@ def unit_costs(
     kept, backward, shapes = _meter_units(module, images, recompute)
     kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
     outputs = [_bytes(len(images), shape) for shape in shapes]
-    parameters = [sum(p.nbytes for p in unit.parameters()) for unit in module.units]
-    columns = outputs, kept, backward, kept_last, backward_last, parameters
+    parameters, largest = zip(*map(parameter_bytes, module.units), strict=True)
+    columns = outputs, kept, backward, kept_last, backward_last, parameters, largest
     return list(map(UnitCost, *columns)), shapes
 
 
@@ -234,15 +247,13 @@ def _meter_units(
 def head_cost(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCost:
     """Of the head and the decoder on features (N, C, S, S)."""
     h_out = torch.empty(len(images), shape[0], shape[1], shape[1], requires_grad=True)
-    owned = [module.head] if module.decoder is None else [module.head, module.decoder]
-    alive = [t for m in owned for t in (*m.parameters(), *m.buffers())]
-    with LiveBytes([*alive, h_out, images, targets]) as meter:
+    owned = nn.ModuleList(m for m in (module.head, module.decoder) if m is not None)
+    with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
         before = meter.live
         loss, output = module.loss(h_out, targets, images)
         loss.backward()
-        del output
-    parameters = sum(p.nbytes for m in owned for p in m.parameters())
-    return HeadCost(meter.peak - before, parameters, sum(map(fixed_bytes, owned)))
+    peak = meter.peak - before
+    return HeadCost(peak, output.nbytes, *parameter_bytes(owned), fixed_bytes(owned))
 
 
 def supply_cost(
@@ -255,7 +266,7 @@ def supply_cost(
 
     h = features(shape)
     if not sources:
-        return SupplyCost(forward=0, kept=h.nbytes, backward=0, parameters=0, fixed=0)
+        return SupplyCost(kept=h.nbytes)
     channels = {name: source[0] for name, source in sources.items()}
     supply = ContextSupply(
         channels, shape[0], arguments["aux_net_widen"], arguments["context_group"]
@@ -278,13 +289,19 @@ def supply_cost(
         h_in.register_hook(begins)
         # Through an operation, so that nobody but autograd holds the gradient of h_in.
         (h_in * 1).backward(torch.empty_like(h_in))
-    parameters = sum(p.nbytes for p in supply.parameters())
-    return SupplyCost(forward, kept, meter.peak - begun[0], parameters, fixed_bytes(supply))
+    backward = meter.peak - begun[0]
+    return SupplyCost(forward, kept, backward, *parameter_bytes(supply), fixed_bytes(supply))
 
 
 def _bytes(batch_size: int, shape: Shape) -> int:
     channels, side = shape
     return 4 * batch_size * channels * side * side
+
+
+def parameter_bytes(module: nn.Module) -> tuple[int, int]:
+    """Of all parameters, and of the largest one."""
+    sizes = [parameter.nbytes for parameter in module.parameters()]
+    return sum(sizes), max(sizes, default=0)
 
 
 def fixed_bytes(module: nn.Module) -> int:
@@ -342,7 +359,8 @@ def counts_within(reached: list[dict[Hashable, Reached]]) -> int:
 def tightest(costs: Costs, wanted: int) -> list[int]:
     """Ends of modules whose largest peak is as small as it can be.
 
-    Their number is one whose bit is set in `wanted`, the smallest of these that is possible.
+    Their number is one whose bit is set in `wanted`, the smallest of these that is possible; some
+    bit from 1 to the number of units has to be.
     Weights do not count, so that cuts with smaller heads may be some of their bytes better.
     """
     low, high = 0, max(costs.peaks([len(costs.units)]))
@@ -401,94 +419,99 @@ def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
     return min(tried, key=lambda partition: partition.peak)
 
 
-def fewest_modules(
-    arguments: dict[str, Any], batch_size: int, partition: str, budget: int
-) -> Partition:
+def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget: int) -> Partition:
     """The cuts of the fewest modules whose peak is at most `budget` bytes.
 
     Args:
         arguments: of `build_network`; `local_module_num` does not matter.
         batch_size: samples a step.
-        partition: `equal`, `balanced` or `auto` cuts.
+        kind: of cuts, `equal`, `balanced` or `auto`.
         budget: in bytes.
     Raises:
         InputError: nothing fits; the message says what would.
     """
     costs = Costs(arguments, batch_size)
-    if not _allowed(costs, partition):
-        raise InputError(
-            f"no number of modules has {partition} cuts and all else that was asked for: "
-            "h_reconstruct needs a published loss scale, or a loss_scale of your own"
-        )
-    for cuts in _cuts_that_may_fit(costs, partition, budget):
+    for cuts in _cuts_that_may_fit(costs, kind, budget):
         peak = metered_peak(arguments, batch_size, cuts)
         if peak <= budget:
             return Partition(cuts, peak)
-    raise InputError(_what_would_fit(costs, partition, budget))
+    raise InputError(_what_would_fit(costs, kind, budget))
 
 
-def _cuts_that_may_fit(costs: Costs, partition: str, budget: int) -> Iterator[list[Cut]]:
+def _cuts_that_may_fit(costs: Costs, kind: str, budget: int) -> Iterator[list[Cut]]:
     """Cuts that fit the budget by the sum of the parts, of the fewest modules first."""
-    if partition == "auto":
+    if kind == "auto":
         possible = counts_within(reach(costs, budget - costs.batch - costs.units_fixed))
-    for K in _allowed(costs, partition):
-        if partition == "auto":
+    for K in _allowed(costs, kind):
+        if kind == "auto":
             if not possible >> K & 1:
                 continue
             ends = tightest(costs, wanted=1 << K)
         else:
-            ends = costs.ends(_listed_cuts(costs, partition, K))
+            ends = costs.ends(_listed_cuts(costs, kind, K))
         if max(costs.peaks(ends)) <= budget:
             yield costs.cuts(ends)
 
 
-def _allowed(costs: Costs, partition: str) -> list[int]:
-    """Numbers of modules that there are with this context mode, decoder and partition."""
-    a, allowed = costs.arguments, []
-    for K in range(max(1, costs.mode.recent), len(costs.units) + 1):
-        with contextlib.suppress(InputError):
+def _allowed(costs: Costs, kind: str) -> list[int]:
+    """Numbers of modules that there are with this context mode, decoder and kind of cuts.
+
+    InputError if there is none.
+    """
+    a, count, allowed = costs.arguments, len(costs.units), []
+    why_not = InputError(
+        f"context_mode {a['context_mode']} asks for {costs.mode.recent} module inputs, but "
+        f"ResNet-{a['layers']} has {count} units"
+    )
+    for K in range(max(1, costs.mode.recent), count + 1):
+        try:
             if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
-                published_loss_scale(a["layers"], K, a["dataset"], partition == "balanced")
-            if partition != "auto":
-                _listed_cuts(costs, partition, K)
+                published_loss_scale(a["layers"], K, a["dataset"], kind == "balanced")
+            if kind != "auto":
+                _listed_cuts(costs, kind, K)
             allowed.append(K)
+        except InputError as error:
+            why_not = error
+    if not allowed:
+        raise why_not
     return allowed
 
 
-def _listed_cuts(costs: Costs, partition: str, K: int) -> list[Cut]:
+def _listed_cuts(costs: Costs, kind: str, K: int) -> list[Cut]:
     a = costs.arguments
-    return choose_cuts(a["layers"], K, a["dataset"], partition == "balanced")
+    return choose_cuts(a["layers"], K, a["dataset"], kind == "balanced")
 
 
-def _what_would_fit(costs: Costs, partition: str, budget: int) -> str:
+def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
     """One sentence: that nothing fits, the smallest peak there is, and what would fit."""
     a, batch_size = costs.arguments, costs.batch_size
-    peak, K = _least(costs, partition)
+    peak, K = _least(costs, kind)
     message = (
-        f"no {partition} cuts of ResNet-{a['layers']} fit {readable(budget)} at batch size "
+        f"no {kind} cuts of ResNet-{a['layers']} fit {readable(budget)} at batch size "
         f"{batch_size}: the smallest peak is {readable(peak)}, with {K} modules; "
     )
     if not a["recompute"]:
-        recomputed, K = _least(Costs(a | {"recompute": True}, batch_size), partition)
+        recomputed, K = _least(Costs(a | {"recompute": True}, batch_size), kind)
         fits = "fits" if recomputed <= budget else "is too much as well"
         message += f"with --recompute it is {readable(recomputed)}, which {fits}; "
-    while peak > budget and batch_size >= 2:
-        batch_size = min(batch_size - 1, batch_size * budget // peak)
-        if batch_size >= 2:
-            peak, K = _least(Costs(a, batch_size), partition)
-    if batch_size < 2:
+    smallest, _ = _least(Costs(a, 2), kind)
+    if smallest > budget:
         return message + "no batch size fits"
+    # Bytes grow with the batch along a straight line, or (contrast) a little faster.
+    batch_size = 2 + (batch_size - 2) * (budget - smallest) // (peak - smallest)
+    while _least(Costs(a, batch_size), kind)[0] > budget:
+        batch_size -= 1 + batch_size // 100
     return message + f"--batch_size {batch_size} fits"
 
 
-def _least(costs: Costs, partition: str) -> tuple[int, int]:
+def _least(costs: Costs, kind: str) -> tuple[int, int]:
     """The smallest peak of all numbers of modules, and that number."""
-    if partition == "auto":
-        ends = tightest(costs, wanted=sum(1 << K for K in _allowed(costs, partition)))
+    if kind == "auto":
+        ends = tightest(costs, wanted=sum(1 << K for K in _allowed(costs, kind)))
         return max(costs.peaks(ends)), len(ends)
     return min(
-        (max(costs.peaks(costs.ends(_listed_cuts(costs, partition, K)))), K)
-        for K in _allowed(costs, partition)
+        (max(costs.peaks(costs.ends(_listed_cuts(costs, kind, K)))), K)
+        for K in _allowed(costs, kind)
     )
 
 

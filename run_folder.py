@@ -162,8 +162,8 @@ def run_name(options: argparse.Namespace) -> str:
     said = {*always, *NOT_OF_THE_LEARNING}
     if options.balanced_memory:
         said.add("partition")
-    if options.partition == "auto":
-        said.add("cuts")
+    if options.partition == "auto" or options.memory_budget or not options.cuts:
+        said.add("cuts")  # which were chosen, not typed
     for option, value in vars(options).items():
         if option == "cuts" and value:
             value = f"{zlib.crc32(str(value).encode()):08x}"  # the cuts themselves are too long

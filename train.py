@@ -113,15 +113,8 @@ def print_summary(summary: dict, folder: Path) -> None:
 def run(argv: list[str]) -> None:
     """Train, or evaluate a checkpoint, as the options say; InputError where they can't be met."""
     options, checkpoint = read_options(argv)
-    arguments = {name: getattr(options, name) for name in NETWORK_OPTIONS}
-    arguments["num_classes"] = DATASETS[options.dataset].classes or count_classes(
-        options.data_dir, "test" if options.evaluate else "train"
-    )
-    check_image_size(options.dataset, options.image_size)
     device = None if options.dry_run else choose_device(options.device)
-    predicted_peak = None
-    if options.cuts is None:
-        predicted_peak = choose_partition(options, arguments)
+    arguments, predicted_peak = network_arguments(options)
     if options.dry_run:
         plan = make_plan(arguments, options.batch_size)
         if options.json:
@@ -187,12 +180,19 @@ def run(argv: list[str]) -> None:
         sys.exit(130)
 
 
-def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> int | None:
-    """Put the cuts that --partition auto and --memory_budget ask for into options and arguments.
+def network_arguments(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
+    """Arguments of `build_network`, and the peak in bytes that was predicted when choosing cuts.
 
-    Returns the peak in bytes that they will have, None where there was nothing to choose.
-    InputError if nothing fits the budget.
+    Cuts that --partition auto and --memory_budget ask for are chosen here, unless the options have
+    cuts already, and put into the options. InputError if something does not fit.
     """
+    arguments = {name: getattr(options, name) for name in NETWORK_OPTIONS}
+    arguments["num_classes"] = DATASETS[options.dataset].classes or count_classes(
+        options.data_dir, "test" if options.evaluate else "train"
+    )
+    check_image_size(options.dataset, options.image_size)
+    if options.cuts is not None:
+        return arguments, None
     if options.memory_budget:
         budget = int(options.memory_budget * GIB)
         note_if_above_free(budget, options.device)
@@ -200,17 +200,20 @@ def choose_partition(options: argparse.Namespace, arguments: dict[str, Any]) -> 
     elif options.partition == "auto":
         found = smallest_peak(arguments, options.batch_size)
     else:
-        return None
+        return arguments, None
     options.local_module_num = arguments["local_module_num"] = len(found.cuts) + 1
-    options.cuts = arguments["cuts"] = found.cuts or None
-    return found.peak
+    options.cuts = arguments["cuts"] = found.cuts
+    return arguments, found.peak
 
 
 def note_if_above_free(budget: int, device: str) -> None:
     """On CUDA, a line on stderr if the device has fewer bytes free than the budget."""
     if device == "cpu" or not torch.cuda.is_available():
         return
-    free, _ = torch.cuda.mem_get_info(None if device == "auto" else device)
+    index = 0 if device == "auto" else torch.device(device).index or 0
+    if index >= torch.cuda.device_count():  # a plan for another machine
+        return
+    free, _ = torch.cuda.mem_get_info(index)
     if free < budget:
         print(f"train.py: note: the budget of {readable(budget)} is above the {readable(free)} "
               "that the device has free", file=sys.stderr)  # fmt: skip
@@ -308,8 +311,9 @@ def main() -> int:
         print(f"train.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"train.py: error: out of memory, so take a smaller --batch_size or a larger "
-              f"--local_module_num ({one_line(error)})", file=sys.stderr)  # fmt: skip
+        print(f"train.py: error: out of memory, so take a smaller --batch_size, a larger "
+              f"--local_module_num, a --memory_budget or --recompute ({one_line(error)})",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli import main
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import options
 import partition
@@ -15,6 +16,8 @@ from configs import BALANCED_CUTS, InputError, choose_cuts, unit_names
 from models import build_network
 from models.checkpoint import read_checkpoint
 from partition import Costs, fewest_modules, metered_peak, smallest_peak
+from planner import fake_batch, step_peaks
+from run_folder import run_name
 
 BATCH = 512
 NETWORK = {
@@ -57,6 +60,32 @@ def test_the_sum_of_the_parts_is_the_metered_whole(number, K):
     costs = Costs(arguments_of(WAYS[number]), BATCH)
     for cuts, peak in all_peaks(number, K).items():
         assert max(costs.peaks(costs.ends(cuts))) == pytest.approx(peak, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"context_mode": "E", "aux_net_feature_dim": 1024, "aux_net_widen": 4.0},
+        {"context_mode": "R1E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
+        {"context_mode": "R2", "recompute": True, "num_classes": 5000},
+    ],
+    ids=str,
+)
+def test_the_sum_is_the_whole_module_by_module_where_weights_outweigh_maps(way):
+    arguments = arguments_of(way | {"image_size": 8, "aux_net_config": "0c2f"}, K=4)
+    cuts = [(1, 0), (2, 0), (3, 0)]
+    with FakeTensorMode():
+        network = build_network(**arguments | {"cuts": cuts})
+        metered = step_peaks(network, *fake_batch(arguments, 3))
+    costs = Costs(arguments, 3)
+    assert costs.peaks(costs.ends(cuts)) == pytest.approx(metered, rel=0.01)
+
+
+def test_modules_are_as_even_as_the_limit_lets_them_be():
+    costs = Costs(arguments_of({"context_mode": "E"}, layers=32), BATCH)
+    ends = partition._way_back(costs, partition.reach(costs, 2**40), 4)
+    kept = [costs.kept[e] - costs.kept[s] for s, e in zip([0, *ends[:-1]], ends, strict=True)]
+    assert max(kept) < 1.3 * sum(kept) / 4
 
 
 @pytest.mark.parametrize("K", [2, 4, 8])
@@ -142,6 +171,7 @@ TINY = [
         (["--partition", "auto", "--local_module_num", "2"], [(1, 0)]),
         (["--memory_budget", "0.0085"], [(0, 0), (1, 0)]),
         (["--cuts", "0,0", "2,0"], [(0, 0), (2, 0)]),
+        (["--memory_budget", "1"], []),
         (["--partition", "equal", "--local_module_num", "2"], None),
     ],
 )
@@ -160,6 +190,10 @@ def test_a_run_keeps_its_cuts(monkeypatch, capsys, tmp_path, arguments, cuts):
     assert (status, err) == (0, [])
     assert longer[1] == out[1]
     assert main(monkeypatch, capsys, "--evaluate", "longer/checkpoint.pt")[0] == 0
+    for other in (["--balanced_memory"], ["--memory_budget", "2"], ["--partition", "balanced"]):
+        status, _, err = main(monkeypatch, capsys, *again, *other)
+        assert (status, len(err)) == (2, 1)
+        assert f"leave {other[0]} out" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +213,8 @@ def test_a_run_keeps_its_cuts(monkeypatch, capsys, tmp_path, arguments, cuts):
         (["--memory_budget", "0.0001"], "no batch size fits"),
         (["--partition", "auto", "--local_module_num", "5"], "has 4 units"),
         (["--memory_budget", "0"], "not a number above 0"),
-        (["--memory_budget", "1", "--h_reconstruct", "--context_mode", "R2"], "no number of"),
+        (["--memory_budget", "1", "--h_reconstruct", "--context_mode", "R2"], "are published for"),
+        (["--memory_budget", "1", "--context_mode", "R9"], "asks for 9 module inputs"),
         (["--dry_run", "--image_size", "64"], "image_size is for folder"),
     ],
 )
@@ -201,3 +236,34 @@ def test_balanced_memory_is_partition_balanced():
     network = build_network(**{name: read[0][name] for name in options.NETWORK_OPTIONS})
     cuts = [module.unit_names[-1] for module in network.local_modules[:-1]]
     assert cuts == BALANCED_CUTS[32, "cifar10", 4]
+
+
+def test_budget_is_in_gib(monkeypatch, capsys):
+    asked = []
+
+    def refuse(arguments, batch_size, kind, budget):
+        asked.append((batch_size, kind, budget))
+        raise InputError("no")
+
+    monkeypatch.setattr(train, "fewest_modules", refuse)
+    main(monkeypatch, capsys, *TINY, "--memory_budget", "1.5")
+    main(monkeypatch, capsys, *TINY, "--memory_budget", "2", "--partition", "equal")
+    assert asked == [(16, "auto", 3 * 2**29), (16, "equal", 2**31)]
+
+
+def name_of(*arguments):
+    return run_name(options.read_options(["--dataset", "cifar10", *arguments])[0])
+
+
+def test_run_names_say_how_cuts_were_chosen():
+    four = ["--local_module_num", "4"]
+    equal = name_of(*four)
+    assert name_of(*four, "--partition", "equal") == equal
+    assert name_of(*four, "--balanced_memory") == name_of(*four, "--partition", "balanced")
+    typed = [["--cuts", "1,0"], ["--cuts", "1,1"], ["--cuts", *(f"1,{b}" for b in range(5))]]
+    names = [
+        equal, name_of(*four, "--balanced_memory"), name_of(*four, "--partition", "auto"),
+        name_of("--memory_budget", "1"), *(name_of(*cuts) for cuts in typed),
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 100

@@ -191,9 +191,12 @@ def test_dry_run_for_cuda_needs_no_cuda(monkeypatch, capsys):
 
 def test_a_budget_above_what_the_device_has_free_is_noted(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 2**30))
-    for device, noted in [("cuda", 1), ("auto", 1), ("cpu", 0)]:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**29 if index else 2**28, 0))
+    for device, noted in [("cuda:1", 1), ("cuda", 0), ("auto", 0), ("cpu", 0), ("cuda:2", 0)]:
         train.note_if_above_free(2**30, device)
         assert capsys.readouterr().err.count("is above the 512 MiB") == noted
-    train.note_if_above_free(2**29, "cuda")
+    train.note_if_above_free(2**29, "cuda:1")
     assert not capsys.readouterr().err
+    train.note_if_above_free(2**29, "auto")
+    assert "is above the 256 MiB" in capsys.readouterr().err
