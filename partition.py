@@ -495,10 +495,11 @@ def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
         fits = "fits" if recomputed <= budget else "is too much as well"
         message += f"with --recompute it is {readable(recomputed)}, which {fits}; "
     smallest, _ = _least(Costs(a, 2), kind)
-    if smallest > budget:
+    if smallest > budget or batch_size == 2:
         return message + "no batch size fits"
     # Bytes grow with the batch along a straight line, or (contrast) a little faster.
-    batch_size = 2 + (batch_size - 2) * (budget - smallest) // (peak - smallest)
+    line = 2 + (batch_size - 2) * (budget - smallest) // max(1, peak - smallest)
+    batch_size = min(line, batch_size - 1)
     while _least(Costs(a, batch_size), kind)[0] > budget:
         batch_size -= 1 + batch_size // 100
     return message + f"--batch_size {batch_size} fits"
@@ -507,8 +508,16 @@ def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
 def _least(costs: Costs, kind: str) -> tuple[int, int]:
     """The smallest peak of all numbers of modules, and that number."""
     if kind == "auto":
-        ends = tightest(costs, wanted=sum(1 << K for K in _allowed(costs, kind)))
-        return max(costs.peaks(ends)), len(ends)
+        allowed = _allowed(costs, kind)
+        ends = tightest(costs, wanted=sum(1 << K for K in allowed))
+        peak = max(costs.peaks(ends))
+        # Modules own weights, which tightest leaves out: fewer modules may take less in all.
+        while fewer := [K for K in allowed if 2 * K <= len(ends)]:
+            other = tightest(costs, wanted=1 << fewer[-1])
+            if max(costs.peaks(other)) >= peak:
+                break
+            ends, peak = other, max(costs.peaks(other))
+        return peak, len(ends)
     return min(
         (max(costs.peaks(costs.ends(_listed_cuts(costs, kind, K)))), K)
         for K in _allowed(costs, kind)

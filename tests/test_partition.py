@@ -152,9 +152,17 @@ def test_what_would_fit_fits():
         fewest_modules(arguments, int(batch * 1.02) + 1, "auto", budget)
 
 
+def test_the_smallest_peak_there_is_counts_the_weights():
+    arguments = arguments_of({"context_mode": "E"})
+    peak, _ = partition._least(Costs(arguments, 4), "auto")
+    assert peak <= 1.01 * metered_peak(arguments, 4, [(1, 0), (1, 1)])
+
+
 def test_nothing_fits_a_budget_below_the_weights():
     with pytest.raises(InputError, match="no batch size fits"):
         fewest_modules(arguments_of({}), 8, "auto", 2**20)
+    with pytest.raises(InputError, match="no batch size fits"):
+        fewest_modules(arguments_of({}), 2, "auto", 2**20)
 
 
 # From the command line
