@@ -512,7 +512,7 @@ def _least(costs: Costs, kind: str) -> tuple[int, int]:
         ends = tightest(costs, wanted=sum(1 << K for K in allowed))
         peak = max(costs.peaks(ends))
         # Modules own weights, which tightest leaves out: fewer modules may take less in all.
-        while fewer := [K for K in allowed if 2 * K <= len(ends)]:
+        while fewer := [K for K in allowed if len(ends) >= 2 * K]:
             other = tightest(costs, wanted=1 << fewer[-1])
             if max(costs.peaks(other)) >= peak:
                 break
