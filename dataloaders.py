@@ -1,12 +1,14 @@
 """Images as uint8 tensors, decoded once; batches are augmented on the training device.
 
 A data set is a `Split` for training and one for testing. A `Batches` goes over a split: only
-bytes travel to the device, where whole batches are padded, cropped, flipped and normalised.
+bytes travel to the device, where whole batches are padded, cropped, flipped and normalised. To a
+CUDA device they travel while the batch before them is computed with.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -268,6 +270,10 @@ class Batches:
         seed: with the epoch, the seed of all that is random in it.
         augment: pad, crop and, where `data` says so, flip.
         shuffle: another order each epoch.
+        channels_last: give images in `torch.channels_last` memory format, with the same values.
+        on_device: move the split to `device` now, instead of batch by batch.
+    Attributes:
+        device_bytes: what the split takes on `device` because of `on_device`, else 0.
     """
 
     def __init__(
@@ -280,10 +286,16 @@ class Batches:
         seed: int = 0,
         augment: bool = False,
         shuffle: bool = False,
+        channels_last: bool = False,
+        on_device: bool = False,
     ) -> None:
-        self.split, self.data, self.batch_size, self.device = split, data, batch_size, device
+        self.split = Split(*(x.to(device) for x in split)) if on_device else split
+        self.data, self.batch_size, self.device = data, batch_size, device
         self.seed, self.augment, self.shuffle = seed, augment, shuffle
-        self.mean, self.std = (torch.tensor(x, device=device) for x in (data.mean, data.std))
+        self.device_bytes = sum(x.nbytes for x in self.split) if on_device else 0
+        self.channels_last = channels_last
+        self.mean, self.std = (self._as_image(x) for x in (data.mean, data.std))
+        self._copies = CudaCopies(device) if device.type == "cuda" and not on_device else None
 
     def __len__(self) -> int:
         return -(-len(self.split.targets) // self.batch_size)
@@ -298,18 +310,84 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         corners = torch.randint(2 * pad + 1, (count, 2), generator=generator).to(self.device)
         flips = (torch.rand(count, generator=generator) < 0.5).to(self.device)
-        for parts in zip(*(x.split(self.batch_size) for x in (order, corners, flips)), strict=True):
-            yield self._batch(*parts)
+        drawn = (x.split(self.batch_size) for x in (corners, flips))
+        return map(self._finished, self._samples(order), *drawn)  # map keeps no batch alive
 
-    def _batch(self, part: Tensor, corners: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples `part` (N,), cropped at corners (N, 2), mirrored where flips (N,) says so."""
-        images = self.split.images[part].to(self.device)
+    def _samples(self, order: Tensor) -> Iterator[Sequence[Tensor]]:
+        """Batches of bytes (N, 3, S, S) and targets (N,) on the device, in this order (count,)."""
+        parts = order.to(self.split.images.device).split(self.batch_size)
+        if self._copies is not None:
+            return self._copies.of_rows(self.split, parts)
+        return ([x.index_select(0, part) for x in self.split] for part in parts)
+
+    def _finished(
+        self, sample: Sequence[Tensor], corners: Tensor, flips: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Bytes (N, 3, S, S) cropped at corners (N, 2), mirrored where flips (N,), normalised."""
+        images, targets = sample
         if self.augment:
-            images = pad_images(images, self.data.pad, self.data.reflect)
-            images = crop(images, corners, self.split.images.shape[-1])
+            size = images.shape[-1]
+            images = crop(pad_images(images, self.data.pad, self.data.reflect), corners, size)
             if self.data.flip:
                 images = flip(images, flips)
-        return normalise(images, self.mean, self.std), self.split.targets[part].to(self.device)
+        return self._laid_out(images).float().sub_(self.mean).div_(self.std), targets
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """Images (N, 3, S, S) in the memory format of the batches."""
+        if not self.channels_last:
+            return images.contiguous()
+        return torch.stack(images.unbind(1), dim=-1).permute(0, 3, 1, 2)  # beats contiguous()
+
+    def _as_image(self, channels: Sequence[float]) -> Tensor:
+        """(1, 3, S, S), laid out as images are: so arithmetic with them has the longest loops."""
+        pixel = torch.tensor(channels, device=self.device).view(1, 3, 1, 1)
+        return self._laid_out(pixel.expand(1, *self.split.images.shape[1:]))
+
+
+class CudaCopies:
+    """Sends batches from the CPU to a CUDA device, one ahead, on a stream of its own.
+
+    The host waits for none of it: a batch is copied while the one before it is computed with.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def of_rows(
+        self, tensors: Sequence[Tensor], parts: Iterable[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
+        """For each of the parts, indices (N,): these rows of all the tensors, on the device."""
+        on_their_way = deque()
+        for part in parts:
+            on_their_way.append(self._send(tensors, part))
+            if len(on_their_way) == 2:
+                yield self._receive(*on_their_way.popleft())
+        yield self._receive(*on_their_way.popleft())
+
+    def _send(
+        self, tensors: Sequence[Tensor], part: Tensor
+    ) -> tuple[Sequence[Tensor], torch.cuda.Event]:
+        """Start to copy; the event is when that will be done."""
+        with torch.cuda.stream(self.stream):
+            sent = [pinned_rows(x, part).to(self.device, non_blocking=True) for x in tensors]
+            return sent, self.stream.record_event()
+
+    def _receive(self, sent: Sequence[Tensor], done: torch.cuda.Event) -> Sequence[Tensor]:
+        """Make the stream that computes, not the host, wait for the copies."""
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_event(done)
+        for tensor in sent:  # else its memory may go to a later copy while it is computed with
+            tensor.record_stream(computing)
+        return sent
+
+
+def pinned_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows (N,) of a tensor (M, ...) as (N, ...) in pinned memory.
+
+    PyTorch's allocator hands it out again only when the copies from it are done.
+    """
+    out = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.index_select(tensor, 0, rows, out=out)
 
 
 def epoch_seed(seed: int, epoch: int, stream: int) -> int:
@@ -318,29 +396,37 @@ def epoch_seed(seed: int, epoch: int, stream: int) -> int:
     return int(state[0]) >> 1
 
 
+# What follows was chosen by its time on one CPU core: index_select copies whole rows, advanced
+# indexing and torch.where go byte by byte.
+
+
 def pad_images(images: Tensor, pad: int, reflect: bool) -> Tensor:
     """(N, C, H, W) uint8 -> (N, C, H + 2 pad, W + 2 pad), by reflection or in black."""
-    if not reflect:
-        return F.pad(images, (pad, pad, pad, pad))
-    for dim in (2, 3):  # by index: reflection padding of bytes is not to be had everywhere
-        size = images.shape[dim]
-        position = torch.arange(-pad, size + pad, device=images.device).abs()
-        position = size - 1 - (size - 1 - position).abs()
-        images = images.index_select(dim, position)
-    return images
+    padded = F.pad(images, (pad, pad, pad, pad))
+    if reflect:  # by hand: reflection padding of bytes is not to be had everywhere
+        for dim in (3, 2):
+            end = padded.shape[dim] - pad
+            for border, inside in ((0, pad + 1), (end, end - pad - 1)):
+                mirrored = padded.narrow(dim, inside, pad).flip(dim)
+                padded.narrow(dim, border, pad).copy_(mirrored)
+    return padded
 
 
 def crop(images: Tensor, corners: Tensor, size: int) -> Tensor:
     """Cut (N, C, size, size) out of (N, C, H, W), each at its own corner (N, 2) = (top, left)."""
-    windows = images.unfold(2, size, 1).unfold(3, size, 1)  # a view: (N, C, tops, lefts, ...)
-    return windows[torch.arange(len(images), device=images.device), :, corners[:, 0], corners[:, 1]]
+    images = images.contiguous()
+    count, channels, height, width = images.shape
+    # Every window that fits into the memory, by its first byte; most lie across two images.
+    extent = ((channels - 1) * height + size - 1) * width + size
+    windows = images.as_strided(
+        (images.numel() - extent + 1, channels, size, size), (1, height * width, width, 1)
+    )
+    first = torch.arange(count, device=images.device) * (channels * height * width)
+    return windows.index_select(0, first + corners[:, 0] * width + corners[:, 1])
 
 
 def flip(images: Tensor, flips: Tensor) -> Tensor:
     """Mirror those of (N, C, H, W) left to right whose entry in flips (N,) is true."""
-    return torch.where(flips[:, None, None, None], images.flip(3), images)
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32; mean and std, in pixels of 0..255, are (3,)."""
-    return (images - mean[:, None, None]) / std[:, None, None]
+    count = len(images)
+    both = torch.cat([images, images.flip(3)])
+    return both.index_select(0, torch.arange(count, device=images.device) + count * flips)

@@ -1,6 +1,7 @@
 """Reading data sets, and augmentation against plain loops."""
 
 import pickle
+import weakref
 from urllib.error import URLError
 
 import numpy as np
@@ -66,15 +67,209 @@ def test_normalise_by_hand(name):
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
 
 
+def images_by_hand(split, data, augment, shuffle, seed, epoch):
+    """Images and targets of an epoch, one sample after the other; the draws are the contract."""
+    generator = torch.Generator().manual_seed(dataloaders.epoch_seed(seed, epoch, stream=0))
+    count, pad, size = len(split.targets), data.pad, split.images.shape[-1]
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    corners = torch.randint(2 * pad + 1, (count, 2), generator=generator).tolist()
+    flips = (torch.rand(count, generator=generator) < 0.5).tolist()
+    mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (data.mean, data.std))
+    images = []
+    for index, (top, left), flipped in zip(order.tolist(), corners, flips, strict=True):
+        image = split.images[index].numpy()
+        if augment:
+            mode = "reflect" if data.reflect else "constant"
+            image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode=mode)
+            image = image[:, top : top + size, left : left + size]
+            if data.flip and flipped:
+                image = image[:, :, ::-1]
+        images.append((image.astype(np.float32) - mean) / std)
+    return torch.from_numpy(np.stack(images)), split.targets[order]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_batch_is_made_on_the_device(name):
+def test_an_epoch_is_that_of_the_plain_loop(name, augment, channels_last):
+    """To the last bit; the split is left as it was."""
+    data = DATASETS[name]
+    split = split_of(30, data.image_size)
+    before = split.images.clone()
+    how = {"augment": augment, "shuffle": augment, "seed": 3}
+    expected = images_by_hand(split, data, epoch=2, **how)
+    batches = Batches(split, data, 8, CPU, channels_last=channels_last, **how)
+    made = list(batches.epoch(2))
+    assert [len(targets) for _, targets in made] == [8, 8, 8, 6]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for images, targets in made:
+        assert images.is_contiguous(memory_format=layout)
+        assert (images.dtype, targets.dtype) == (torch.float32, torch.int64)
+    for part, wanted in zip(zip(*made, strict=True), expected, strict=True):
+        assert torch.equal(torch.cat(part), wanted)
+    assert torch.equal(split.images, before)
+
+
+def test_no_batch_shares_memory_with_another_or_the_split():
+    split = split_of(12)
+    for augment in (False, True):
+        batches = Batches(split, DATASETS["cifar10"], 4, CPU, augment=augment)
+        made = [images for images, _ in batches.epoch(1)]
+        kept = [images.clone() for images in made]
+        made[0].zero_()
+        assert torch.equal(torch.cat(made[1:]), torch.cat(kept[1:]))
+    assert split.images.any()
+
+
+def test_a_batch_that_is_let_go_is_freed():
+    """Not held until the next one: memory is what this is all about."""
+    epoch = Batches(split_of(12), DATASETS["cifar10"], 4, CPU, augment=True).epoch(1)
+    for images, targets in epoch:
+        alive = weakref.ref(images), weakref.ref(targets)
+        del images, targets
+        assert [x() for x in alive] == [None, None]
+
+
+class CudaStream:
+    """Stands in for torch.cuda's streams, for there may be no GPU, and notes what it is told."""
+
+    def __init__(self, notes, name):
+        self.notes, self.name, self.events = notes, name, 0
+
+    def __enter__(self):
+        self.notes.append(("enter", self.name))
+
+    def __exit__(self, *exception):
+        self.notes.append(("leave", self.name))
+
+    def record_event(self):
+        self.events += 1
+        self.notes.append(("sent", self.events - 1))
+        return self.events - 1
+
+    def wait_event(self, event):
+        self.notes.append(("wait", event))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What happens to CUDA streams and to memory that two of them use, in order."""
+    notes = []
+    computing = CudaStream(notes, "computing")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: CudaStream(notes, f"to {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, s: notes.append(("used", s.name, len(t)))
+    )
+    return notes
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_batch_is_made_on_the_device(name, channels_last, on_device, notes):
     """On fake CUDA tensors, which raise where an operation mixes devices; no GPU is needed."""
     with FakeTensorMode():
         split = Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
-        batches = Batches(split, DATASETS[name], 4, torch.device("cuda"), augment=True)
+        how = {"channels_last": channels_last, "on_device": on_device}
+        cuda = torch.device("cuda")
+        batches = Batches(split, DATASETS[name], 4, cuda, augment=True, shuffle=True, **how)
+        sizes = []
         for images, targets in batches.epoch(1):
             assert images.device.type == targets.device.type == "cuda"
-            assert images.shape[1:] == (3, 8, 8)
+            assert images.shape == (len(targets), 3, 8, 8)
+            sizes.append(len(targets))
+        assert sizes == [4, 2]
+    assert batches.device_bytes == (6 * 3 * 8 * 8 + 6 * 8 if on_device else 0)
+    assert bool(notes) != on_device
+
+
+def test_a_batch_is_copied_while_the_one_before_is_computed_with(notes, monkeypatch):
+    """The copies' order, what waits for what, and the values, with the CPU in place of a GPU."""
+    monkeypatch.setattr(
+        dataloaders, "pinned_rows", lambda x, rows: notes.append(("pinned", len(rows))) or x[rows]
+    )
+    copies = dataloaders.CudaCopies(CPU)
+    split = split_of(10)
+    parts = torch.randperm(10).split(4)
+    made = []
+    for batch in copies.of_rows(split, parts):
+        notes.append(("yield", len(made)))
+        made.append(batch)
+    for (images, targets), part in zip(made, parts, strict=True):
+        assert torch.equal(images, split.images[part])
+        assert torch.equal(targets, part)
+
+    def send(index, size):
+        copied = [("pinned", size)] * 2  # images and targets
+        return [("enter", "to cpu"), *copied, ("sent", index), ("leave", "to cpu")]
+
+    def give(index, size):
+        return [("wait", index), *[("used", "computing", size)] * 2, ("yield", index)]
+
+    begin = [*send(0, 4), *send(1, 4), *give(0, 4)]
+    assert notes == [*begin, *send(2, 2), *give(1, 4), *give(2, 2)]
+
+
+def test_the_split_stays_on_the_cpu_unless_asked_to_move():
+    split = split_of(10)
+    assert Batches(split, DATASETS["svhn"], 4, CPU).device_bytes == 0
+    assert Batches(split, DATASETS["svhn"], 4, CPU, on_device=True).device_bytes == 10 * 200
+    plain, _, _ = epoch_of(split, augment=True, shuffle=True)
+    kept, _, _ = epoch_of(split, augment=True, shuffle=True, on_device=True)
+    assert torch.equal(plain, kept)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda),
+                                    pytest.param("cuda:1", marks=needs_two)])  # fmt: skip
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "stl10"])
+def test_cuda_gives_what_the_cpu_gives(name, channels_last, on_device, device):
+    """Over enough batches for memory to be used again; each is worked on while the next comes."""
+    split = split_of(2000, 32)
+    how = {"augment": True, "shuffle": True, "channels_last": channels_last}
+    there = Batches(split, DATASETS[name], 64, torch.device(device), on_device=on_device, **how)
+    here = Batches(split, DATASETS[name], 64, CPU, **how)
+    busy = torch.rand(2048, 2048, device=device)
+    made = []
+    for images, targets in there.epoch(1):
+        busy = (busy @ busy).clamp(0, 1)
+        made.append((images + 0, targets + 0))
+    for (images, targets), (wanted, classes) in zip(made, here.epoch(1), strict=True):
+        assert images.device.type == targets.device.type == "cuda"
+        assert images.device.index == (torch.device(device).index or 0)
+        torch.testing.assert_close(images.cpu(), wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(targets.cpu(), classes)
+
+
+@needs_cuda
+def test_rows_to_be_copied_are_pinned():
+    rows = dataloaders.pinned_rows(torch.arange(12).view(6, 2), torch.tensor([4, 1]))
+    assert rows.is_pinned()
+    assert rows.tolist() == [[8, 9], [2, 3]]
+
+
+@needs_cuda
+@pytest.mark.parametrize("on_device", [False, True])
+def test_no_batch_makes_the_host_wait(on_device):
+    split = split_of(300, 32)
+    cuda = torch.device("cuda")
+    batches = Batches(split, DATASETS["cifar10"], 64, cuda, augment=True, on_device=on_device)
+    for _ in batches.epoch(0):
+        pass
+    epoch = batches.epoch(1)  # sends what is drawn for all of it, and may wait for that
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in epoch:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_padding_rules_are_the_published_ones():
