@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs import InputError
 from models.auxiliary import scaled_width
-from models.grouped import encode_in_groups, pool
+from models.grouped import EAGER, encode_in_groups, pool
 
 T = TypeVar("T")
 
@@ -55,7 +55,12 @@ class Contexts(Generic[T]):
 
 
 class Encoder(nn.Sequential):
-    """Conv-BN-ReLU layers at a context's own size, then an average pool to the cut's size."""
+    """Conv-BN-ReLU layers at a context's own size, then an average pool to the cut's size.
+
+    `functions` compute it in groups.
+    """
+
+    functions = EAGER
 
     def forward(self, source: Tensor, size: tuple[int, int], group: int = 0) -> Tensor:
         """Context (N, from_channels, H, W) -> (N, channels, *size).
@@ -65,7 +70,7 @@ class Encoder(nn.Sequential):
         """
         if group:
             convs_and_norms = list(zip(list(self)[::3], list(self)[1::3], strict=True))
-            return encode_in_groups(convs_and_norms, source, tuple(size), group)
+            return encode_in_groups(convs_and_norms, source, tuple(size), group, self.functions)
         return pool(super().forward(source), size)
 
 

@@ -11,13 +11,15 @@ Statistics of the batch are taken in the forward alone, and kept. The backward n
 it makes the same maps, and has no running statistics in hand to move a second time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from models.norm_relu import best_for
 
 aten = torch.ops.aten
 
@@ -34,30 +36,28 @@ class Layer(NamedTuple):
     of_batch: bool
     eps: float
 
-    @classmethod
-    def first_run(
-        cls, x: Tensor, learned: Sequence[Tensor], bn: nn.BatchNorm2d, channels: slice
-    ) -> tuple["Layer", Tensor]:
-        """The layer that makes some channels, with the statistics that it takes, and its output."""
-        weight, bias, gamma, beta = (parameter[channels] for parameter in learned)
-        conv = _convolve(x, weight, bias)
-        taken = _statistics(conv, bn, channels)
-        layer = cls(weight, bias, gamma, beta, *taken, bn.training, bn.eps)
-        return layer, layer.normalise(conv)
+    def first_run(self, x: Tensor) -> tuple["Layer", Tensor]:
+        """The layer, of the batch with the statistics that it takes now, and its output."""
+        conv = _convolve(x, self.weight, self.bias)
+        layer = self
+        if self.of_batch:
+            mean, var = best_for(conv.device).statistics(conv)
+            layer = self._replace(mean=mean, var=var)
+        return layer, layer.normalise(conv)[1]
 
     def only(self, channels: slice) -> "Layer":
         """The layer that makes some of the channels."""
         *tensors, of_batch, eps = self
         return Layer(*(tensor[channels] for tensor in tensors), of_batch, eps)
 
-    def normalise(self, conv: Tensor) -> Tensor:
-        """BN and ReLU by the layer's own statistics."""
-        return F.batch_norm(conv, self.mean, self.var, self.gamma, self.beta, eps=self.eps).relu_()
+    def normalise(self, conv: Tensor) -> tuple[Tensor, Tensor]:
+        """BN and ReLU by the layer's own statistics: what the backward keeps, and the output."""
+        forward = best_for(conv.device).forward
+        return forward(conv, self.mean, self.var, self.gamma, self.beta, self.eps)
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The conv's output and the layer's, as its backward needs them."""
-        conv = _convolve(x, self.weight, self.bias)
-        return [conv, self.normalise(conv)]
+        """What `backward` takes as maps; the second is the layer's output."""
+        return list(self.normalise(_convolve(x, self.weight, self.bias)))
 
     def backward(
         self, grad: list[Tensor], x: Tensor, maps: list[Tensor], needs_x: bool
@@ -66,16 +66,14 @@ class Layer(NamedTuple):
 
         `grad` = [of the output] and `maps` are emptied: each goes as soon as nothing needs it.
         """
-        conv, out = maps
+        kept, out = maps
         maps.clear()
-        of_conv = aten.threshold_backward.grad_input(grad.pop(), out, 0, grad_input=out)
+        of_norm = aten.threshold_backward.grad_input(grad.pop(), out, 0, grad_input=out)
         del out
-        invstd = (self.var + self.eps).rsqrt()
-        of_conv, gamma, beta = aten.native_batch_norm_backward(
-            of_conv, conv, self.gamma, self.mean, self.var, self.mean, invstd,
-            self.of_batch, self.eps, [True, True, True],
-        )  # fmt: skip
-        del conv
+        of_conv, gamma, beta = best_for(x.device).backward(
+            of_norm, kept, self.mean, self.var, self.gamma, self.eps, self.of_batch
+        )
+        del of_norm, kept
         padding = [self.weight.shape[-1] // 2] * 2
         of_x, weight, bias = aten.convolution_backward(
             of_conv, x, self.weight, [len(self.bias)], [1, 1], padding, [1, 1], False, [0, 0], 1,
@@ -89,6 +87,7 @@ def encode_in_groups(
     source: Tensor,
     size: tuple[int, int],
     group: int,
+    functions: "Functions",
 ) -> Tensor:
     """Conv-BN-ReLU layers and an average pool, with only `source` kept for the backward.
 
@@ -97,6 +96,7 @@ def encode_in_groups(
         source: (N, C_in, H, W), the context.
         size: (S, S) that the result is pooled to.
         group: how many channels of the last layer are worked on at a time, at least 1.
+        functions: what computes: `EAGER`, or compiled.
     Returns:
         (N, C, S, S) with a storage of its own; under autocast in autocast's dtype.
     Raises:
@@ -105,43 +105,94 @@ def encode_in_groups(
     device, dtype = source.device.type, source.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
+    count = source.numel() // source.shape[1]
+    if count < 2 and any(bn.training for _, bn in layers):
+        raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     norms = [bn for _, bn in layers]
-    for bn in norms:
-        if bn.training:
-            bn.num_batches_tracked.add_(1)
-    parameters = [
-        parameter
-        for conv, bn in layers
-        for parameter in (conv.weight.to(dtype), conv.bias.to(dtype), bn.weight, bn.bias)
-    ]
-    return _Encode.apply(source, size, group, dtype, norms, *parameters)
+    tensors = []
+    for conv, bn in layers:
+        running = bn.running_mean.clone(), bn.running_var.clone()  # a backward may come after
+        weights = conv.weight.to(dtype), conv.bias.to(dtype), bn.weight, bn.bias
+        tensors += [*weights, *running]
+    return _Encode.apply(source, size, group, dtype, functions, norms, *tensors)
+
+
+class Functions(NamedTuple):
+    """`encode` and `encode_backward`, or what `--compile` made of them."""
+
+    forward: Callable[..., tuple[Tensor, list[Layer]]]
+    backward: Callable[..., tuple[Tensor | None, list[list[Tensor]]]]
+
+
+def encode(
+    source: Tensor,
+    size: tuple[int, int],
+    group: int,
+    dtype: torch.dtype,
+    layers: Sequence[Layer],
+) -> tuple[Tensor, list[Layer]]:
+    """The pooled context (N, C, *size), and the layers with the statistics that they took."""
+    *first, last = layers
+    ran, groups = [], []
+    x = _as_input(source, dtype)
+    for layer in first:
+        layer, x = layer.first_run(x)
+        ran.append(layer)
+
+    def pooled_groups() -> Iterator[Tensor]:
+        for channels in _groups(len(last.bias), group):
+            layer, y = last.only(channels).first_run(x)
+            groups.append(layer)
+            y = [pool(y, size)]
+            yield y.pop()  # handed over: else it would stay for the next group
+
+    context = _join(pooled_groups(), len(last.bias), source)
+    mean, var = (torch.cat([layer[i] for layer in groups]) for i in (4, 5))
+    return context, [*ran, last._replace(mean=mean, var=var)]
+
+
+def encode_backward(
+    source: Tensor,
+    layers: Sequence[Layer],
+    group: int,
+    dtype: torch.dtype,
+    grad: Tensor,
+    needs_source: bool,
+) -> tuple[Tensor | None, list[list[Tensor]]]:
+    """Gradients of the source, or None, and of each layer's four parameters."""
+    *first, last = layers
+    with torch.autocast(source.device.type, enabled=False):
+        inputs, maps = [_as_input(source, dtype)], []
+        for layer in first:
+            maps.append(layer.maps(inputs[-1]))
+            inputs.append(maps[-1][1])
+        of_out, of_last = _backward_in_groups(
+            last, group, inputs.pop(), grad, needs_x=bool(first) or needs_source
+        )
+        of_layers = [of_last]
+        for layer in reversed(first):
+            x = inputs.pop()
+            of_x, of_layer = layer.backward(
+                of_out, x, maps.pop(), needs_x=bool(inputs) or needs_source
+            )
+            of_out, of_layers = [of_x], [of_layer, *of_layers]
+    return of_out[0], of_layers
+
+
+EAGER = Functions(encode, encode_backward)
 
 
 class _Encode(torch.autograd.Function):
     """Computes in `dtype` and with autocast off, whatever it is by the time of the backward."""
 
     @staticmethod
-    def forward(ctx, source, size, group, dtype, norms, *parameters):
-        *first, last = (parameters[i : i + 4] for i in range(0, len(parameters), 4))
-        layers = []
-        with torch.autocast(source.device.type, enabled=False):
-            x = _as_input(source, dtype)
-            for learned, bn in zip(first, norms, strict=False):
-                layer, x = Layer.first_run(x, learned, bn, slice(None))
-                layers.append(layer)
-            context = torch.empty(
-                (len(x), len(last[0]), *size), dtype=dtype, device=x.device,
-                memory_format=_memory_format(source),
-            )  # fmt: skip
-            taken = []
-            for channels in _groups(len(last[0]), group):
-                layer, y = Layer.first_run(x, last, norms[-1], channels)
-                context[:, channels] = pool(y, size)
-                taken.append((layer.mean, layer.var))
-                del y
-        mean, var = map(torch.cat, zip(*taken, strict=True))
-        layers.append(Layer(*last, mean, var, layer.of_batch, layer.eps))
-        ctx.group, ctx.dtype = group, dtype
+    def forward(ctx, source, size, group, dtype, functions, norms, *tensors):
+        layers = _layers(tensors, [(bn.training, bn.eps) for bn in norms])
+        context, layers = functions.forward(source, size, group, dtype, layers)
+        for bn, layer in zip(norms, layers, strict=True):
+            if layer.of_batch:
+                _move_running(bn, layer, source.numel() // source.shape[1])
+        ctx.group, ctx.dtype, ctx.functions = group, dtype, functions
         ctx.norms = [(layer.of_batch, layer.eps) for layer in layers]
         ctx.save_for_backward(source, *(tensor for layer in layers for tensor in layer[:6]))
         return context
@@ -150,26 +201,25 @@ class _Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         source, *tensors = ctx.saved_tensors
-        *first, last = (
-            Layer(*tensors[6 * i : 6 * i + 6], *norm) for i, norm in enumerate(ctx.norms)
+        layers = _layers(tensors, ctx.norms)
+        of_source, of_layers = ctx.functions.backward(
+            source, layers, ctx.group, ctx.dtype, grad, ctx.needs_input_grad[0]
         )
-        needs_source = ctx.needs_input_grad[0]
-        with torch.autocast(source.device.type, enabled=False):
-            inputs, maps = [_as_input(source, ctx.dtype)], []
-            for layer in first:
-                maps.append(layer.maps(inputs[-1]))
-                inputs.append(maps[-1][1])
-            of_out, of_parameters = _backward_in_groups(
-                last, ctx.group, inputs.pop(), grad, needs_x=bool(first) or needs_source
-            )
-            del grad
-            for layer in reversed(first):
-                x = inputs.pop()
-                of_x, of_layer = layer.backward(
-                    of_out, x, maps.pop(), needs_x=bool(inputs) or needs_source
-                )
-                of_out, of_parameters = [of_x], of_layer + of_parameters
-        return *of_out, None, None, None, None, *of_parameters
+        of_tensors = [of for of_layer in of_layers for of in (*of_layer, None, None)]
+        return of_source, None, None, None, None, None, *of_tensors
+
+
+def _layers(tensors: Sequence[Tensor], norms: Sequence[tuple[bool, float]]) -> list[Layer]:
+    """Layers from six tensors each, and (of_batch, eps) of their BatchNorms."""
+    return [Layer(*tensors[6 * i : 6 * i + 6], *norm) for i, norm in enumerate(norms)]
+
+
+def _move_running(bn: nn.BatchNorm2d, layer: Layer, count: int) -> None:
+    """The running statistics of a BatchNorm that saw `count` values a channel."""
+    unbiased = layer.var * (count / (count - 1))
+    bn.num_batches_tracked.add_(1)
+    bn.running_mean.lerp_(layer.mean.to(bn.running_mean.dtype), bn.momentum)
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
 
 
 def _backward_in_groups(
@@ -186,6 +236,25 @@ def _backward_in_groups(
         of_groups.append(of_parameters)
         del more
     return [of_x], list(map(torch.cat, zip(*of_groups, strict=True)))
+
+
+def _join(parts: Iterator[Tensor], channels: int, source: Tensor) -> Tensor:
+    """Parts of a context (N, some, S, S) as one (N, channels, S, S) in the source's format."""
+    if torch.compiler.is_compiling():  # which fuses a cat, and copies at each write into a slice
+        whole = torch.cat(list(parts), dim=1)
+        return whole.contiguous(memory_format=_memory_format(source))
+    whole, start = None, 0
+    for part in parts:
+        if whole is None:
+            n, _, *size = part.shape
+            whole = torch.empty(
+                (n, channels, *size), dtype=part.dtype, device=part.device,
+                memory_format=_memory_format(source),
+            )  # fmt: skip
+        whole[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+        del part
+    return whole
 
 
 def _groups(channels: int, group: int) -> list[slice]:
@@ -211,23 +280,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _statistics(conv: Tensor, bn: nn.BatchNorm2d, channels: slice) -> tuple[Tensor, Tensor]:
-    """Mean and variance that BatchNorm normalises by; in training they move the running ones."""
-    running_mean, running_var = bn.running_mean[channels], bn.running_var[channels]
-    if not bn.training:
-        return running_mean.clone(), running_var.clone()
-    count = conv.numel() // conv.shape[1]
-    if count < 2:
-        raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
-    wide = conv.float() if conv.dtype in (torch.float16, torch.bfloat16) else conv
-    mean = wide.mean(dim=(0, 2, 3))
-    var = (wide - mean[:, None, None]).square_().mean(dim=(0, 2, 3))
-    unbiased = var * (count / (count - 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), bn.momentum)
-    running_var.lerp_(unbiased.to(running_var.dtype), bn.momentum)
-    return mean, var
-
-
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average pool to `size`; x itself where it has that already."""
     return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
@@ -235,4 +287,10 @@ def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of what was pooled."""
-    return grad if grad.shape == x.shape else aten._adaptive_avg_pool2d_backward(grad, x)
+    if grad.shape == x.shape:
+        return grad
+    (height, width), pooled = x.shape[-2:], grad.shape[-2:]
+    if height % pooled[0] or width % pooled[1]:
+        return aten._adaptive_avg_pool2d_backward(grad, x)
+    share = pooled.numel() / (height * width)
+    return F.interpolate(grad, (height, width), mode="nearest").mul_(share)

@@ -1,0 +1,126 @@
+"""BatchNorm and ReLU of a conv's output by statistics in hand: what `grouped.py` runs, twice.
+
+On CUDA PyTorch's kernels do it (`Kernels`). On the CPU theirs crawl where the channels do not fill
+a vector: forward and backward of an encoder's 12 channels take several times those of 16. `Rows`
+looks at channels-last maps as rows of whole image lines instead, in which any number of channels
+fills the vectors, and computes in plain operations; `--compile` fuses them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Kernels:
+    """By PyTorch's kernels, in any memory format."""
+
+    @staticmethod
+    def statistics(conv: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, each (C,), of (N, C, H, W); float32 of narrower floats."""
+        var, mean = torch.var_mean(wide(conv), dim=(0, 2, 3), correction=0)
+        return mean, var
+
+    @staticmethod
+    def forward(
+        conv: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """What `backward` takes for `conv` (whose storage may be used for it), and the output."""
+        return conv, F.batch_norm(conv, mean, var, gamma, beta, eps=eps).relu_()
+
+    @staticmethod
+    def backward(
+        grad: Tensor, kept: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, eps: float,
+        of_batch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of conv, gamma and beta.
+
+        Args:
+            grad: of BatchNorm's output, zero where ReLU was; may be overwritten, as `kept` may.
+            of_batch: whether the statistics were taken of this conv, and have a gradient too.
+        """
+        return aten.native_batch_norm_backward(
+            grad, kept, gamma, mean, var, mean, (var + eps).rsqrt(), of_batch, eps, [True] * 3
+        )
+
+
+class Rows:
+    """By plain operations, on channels-last maps; the same three functions."""
+
+    @staticmethod
+    def statistics(conv: Tensor) -> tuple[Tensor, Tensor]:
+        """In two passes: sums of squares alone would lose what a far mean leaves of them."""
+        channels, count = conv.shape[1], conv.numel() // conv.shape[1]
+        rows = _rows(_channels_last(conv))
+        mean = _sum(rows, channels) / count
+        return mean, _sum((rows - _repeat(mean, conv)).square_(), channels) / count
+
+    @staticmethod
+    def forward(
+        conv: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Keeps conv - mean."""
+        centred = _channels_last(conv)
+        rows = _rows(centred).sub_(_repeat(mean, conv))
+        scale = gamma * (var + eps).rsqrt()
+        out = torch.addcmul(_repeat(beta, conv), rows, _repeat(scale, conv)).relu_()
+        return centred, _like(conv, out).to(conv.dtype)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, kept: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, eps: float,
+        of_batch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """With d = conv - mean of M values a channel and s = 1/sqrt(var + eps): gamma has
+        sum(grad d) s, conv has gamma s (grad - sum(grad)/M - d s^2 sum(grad d)/M)."""
+        channels, count = kept.shape[1], kept.numel() // kept.shape[1]
+        rows, centred = _rows(_channels_last(grad)), _rows(kept)
+        of_beta = _sum(rows, channels)
+        of_scale = _sum(rows * centred, channels)
+        invstd = (var + eps).rsqrt()
+        scale = gamma * invstd
+        if of_batch:
+            centred.mul_(_repeat(-scale * invstd.square() * of_scale / count, kept))
+            centred.sub_(_repeat(scale * of_beta / count, kept))
+            centred.addcmul_(rows, _repeat(scale, kept))
+        else:
+            centred = rows.mul_(_repeat(scale, kept))
+        return _like(kept, centred).to(grad.dtype), of_scale * invstd, of_beta
+
+
+def best_for(device: torch.device) -> type[Kernels] | type[Rows]:
+    """Which of the two is fast there."""
+    return Rows if device.type == "cpu" and not torch.compiler.is_compiling() else Kernels
+
+
+def wide(x: Tensor) -> Tensor:
+    """x, or a float32 copy of float16 or bfloat16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The same of what is in that format, as convs on the CPU give it, and a copy of other maps."""
+    return wide(x).contiguous(memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View (N, C, H, W), channels last, as (N*H, W*C)."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).view(n * h, w * c)
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """View rows as (N, C, H, W) of x's shape."""
+    n, c, h, w = x.shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _repeat(values: Tensor, x: Tensor) -> Tensor:
+    """A value a channel (C,) -> (W*C,), for rows of x."""
+    return values.repeat(x.shape[3])
+
+
+def _sum(rows: Tensor, channels: int) -> Tensor:
+    """(N*H, W*C) -> sum of each channel (C,)."""
+    return rows.sum(0).view(-1, channels).sum(0)
