@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -58,17 +59,41 @@ class Totals:
         return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
 
 
-def make_optimizers(network: ContSupNetwork) -> list[torch.optim.SGD]:
-    """One SGD a module (README, equation 10); the learning rate is set epoch by epoch."""
-    return [
-        torch.optim.SGD(module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        for module in network.local_modules
-    ]
+class LocalSGD(torch.optim.SGD):
+    """A module's SGD (README, equation 10); the learning rate is set epoch by epoch.
+
+    Fused: all of a module's tensors in one kernel, with no temporaries.
+
+    Attributes:
+        scaler: scales the module's loss where gradients are float16; else it does nothing.
+    """
+
+    def __init__(self, module: LocalModule, scale: bool) -> None:
+        super().__init__(
+            module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
+        )
+        for parameter in module.parameters():  # else a first step that overflows leaves it random
+            momentum = torch.zeros_like(parameter, requires_grad=False)
+            self.state[parameter]["momentum_buffer"] = momentum
+        device = next(module.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
+
+    def step_and_free(self) -> None:
+        """Step, but for gradients that overflowed in float16; then free the gradients."""
+        self.scaler.step(self)
+        self.scaler.update()
+        self.zero_grad(set_to_none=True)
+
+
+def make_optimizers(network: ContSupNetwork) -> list[LocalSGD]:
+    """One a module, for a network that is on its device."""
+    scale = network.narrow is torch.float16
+    return [LocalSGD(module, scale) for module in network.local_modules]
 
 
 def train_step(
     network: ContSupNetwork,
-    optimizers: list[torch.optim.SGD],
+    optimizers: list[LocalSGD],
     images: Tensor,
     targets: Tensor,
     totals: Totals,
@@ -82,10 +107,13 @@ def train_step(
         targets: (N,) class indices.
         totals: to which the module's loss and wrong answers are added.
     """
-    for local in network.local_steps(images, targets):
-        module, optimizer = local.module, optimizers[local.module.index]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+    def scaled(module: LocalModule, loss: Tensor) -> Tensor:
+        return optimizers[module.index].scaler.scale(loss)
+
+    for local in network.local_steps(images, targets, scaled):
+        module = local.module
+        optimizers[module.index].step_and_free()
         totals.add(module.index, local.loss, local.output, targets)
         del local
         yield module
@@ -93,7 +121,7 @@ def train_step(
 
 def train_one_epoch(
     network: ContSupNetwork,
-    optimizers: list[torch.optim.SGD],
+    optimizers: list[LocalSGD],
     batches: Iterable[tuple[Tensor, Tensor]],
     peak: PeakMemory,
     report: Callable[[int, Totals], None],
@@ -104,9 +132,13 @@ def train_one_epoch(
     """
     network.train()
     totals = Totals(network, peak.device)
+    full = 0
     for step, (images, targets) in enumerate(batches, start=1):
+        full = max(full, len(targets))
         alive = partial(tensors_alive, network, optimizers, images, targets)
-        with peak.step(len(targets), alive):
+        # The last batch of an epoch may be smaller: code of its own would cost more than it saves.
+        rare = network.eagerly() if len(targets) < full else nullcontext()
+        with rare, peak.step(len(targets), alive):
             for _ in train_step(network, optimizers, images, targets, totals):
                 pass
         report(step, totals)
@@ -123,16 +155,17 @@ def evaluate(
     """
     network.eval()
     totals = Totals(network, device)
-    for images, targets in batches:
-        for index, (module, h_out) in enumerate(network.features(images)):
-            if module.task.classifies:
-                output = module.head(h_out)
-                totals.add(index, F.cross_entropy(output, targets), output, targets)
+    with network.eagerly():
+        for images, targets in batches:
+            for index, (module, h_out) in enumerate(network.features(images)):
+                if module.task.classifies:
+                    output = network.head_output(module, h_out)
+                    totals.add(index, F.cross_entropy(output, targets), output, targets)
     return totals
 
 
 def tensors_alive(
-    network: ContSupNetwork, optimizers: list[torch.optim.SGD], *batch: Tensor
+    network: ContSupNetwork, optimizers: list[LocalSGD], *batch: Tensor
 ) -> list[Tensor]:
     """What exists before a step: weights, statistics, momentum and the batch."""
     momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]

@@ -4,12 +4,16 @@ On CUDA the allocator counts. Elsewhere no public counter exists; `LiveBytes` wa
 operation instead and adds up the tensor storages that are alive.
 """
 
+import ctypes
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -61,26 +65,64 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+class AllocatedBytes:
+    """The most bytes that the CPU allocator had given out at once, as PyTorch's profiler saw it.
+
+    For compiled code, whose allocations no dispatch mode sees. What an operation allocates while
+    it runs counts too.
+
+    Args:
+        tensors: what is allocated already.
+    Attributes:
+        peak: the most so far, known after the `with`.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        self.before = self.peak = sum(storages.values())
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of each start and stop
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "AllocatedBytes":
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.profiler.__exit__(*exception)
+        events = self.profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        given = accumulate((nbytes for _, nbytes in changes), initial=self.before)
+        self.peak = max(given)
+
+
 class PeakMemory:
     """The peak of a run's training steps, by the means that the device has.
 
-    On CUDA each step is watched, by the allocator's own counter. Elsewhere the first two steps of
-    the largest batch are, by `LiveBytes`: the second has momentum, which the first only makes.
+    On CUDA each step is watched, by the allocator's own counter. Elsewhere two steps of the largest
+    batch are, its first two by `LiveBytes`. Of compiled steps they are its second and third, by
+    `AllocatedBytes`: compiling allocates too, so the first counts only until there is a second.
 
+    Args:
+        device: where the steps run.
+        compiled: whether they do compiled.
+        apart: bytes of the data set that are on the device, and are not to be counted.
     Attributes:
         bytes: the peak so far.
         how: how it was got, in a few words.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, compiled: bool = False, apart: int = 0) -> None:
         self.device = device
+        self.apart = apart
         self.bytes = 0
         self._largest_batch = self._steps = 0
-        self.how = (
-            "torch.cuda.max_memory_allocated over all training steps"
-            if device.type == "cuda"
-            else "live tensor storage counted by memory.py in the first two full training steps"
-        )
+        self._meter, self._watched = LiveBytes, (1, 2)
+        self.how = "live tensor storage counted by memory.py in the first two full training steps"
+        if device.type == "cuda":
+            self.how = "torch.cuda.max_memory_allocated over all training steps"
+        elif compiled:
+            self._meter, self._watched = AllocatedBytes, (1, 2, 3)
+            self.how = "the CPU allocator's record of the second and third full training step"
 
     @contextmanager
     def step(self, samples: int, alive: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
@@ -93,17 +135,33 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             yield
-            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self.device))
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self.device) - self.apart)
             return
         if samples > self._largest_batch:
             self._largest_batch, self._steps = samples, 0
-        if samples < self._largest_batch or self._steps == 2:
+        self._steps += samples == self._largest_batch
+        if samples < self._largest_batch or self._steps not in self._watched:
             yield
             return
-        self._steps += 1
-        with LiveBytes(alive()) as meter:
+        with self._meter(alive()) as meter:
             yield
+        if self._steps == 2 and self._meter is AllocatedBytes:
+            self.bytes = 0
         self.bytes = max(self.bytes, meter.peak)
+
+
+def keep_heap() -> bool:
+    """Have the C library keep freed memory for this process; says whether it can (glibc can).
+
+    A step on the CPU allocates and frees the same maps as the one before. glibc gives freed ones
+    back to the kernel, and each page that comes again is cleared and mapped anew.
+    """
+    trim_threshold, mmap_max = -1, -4  # <malloc.h>
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # Windows
+        return False
+    return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def readable(count: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from configs import DATASETS, Cut, InputError
 from losses import LOCAL_LOSSES
+from models.build import AMP
 from models.checkpoint import Checkpoint, read_checkpoint
 
 
@@ -34,6 +35,11 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+
+def negated(text: str) -> bool:
+    """`True` for `False` and the other way round."""
+    return not boolean(text)
 
 
 def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
@@ -137,7 +143,7 @@ def build_parser() -> Parser:
         "last block's rest is kept, for its backward comes first)")
     add("--partition", choices=["equal", "balanced", "auto"],
         help="cuts: equal layers, the published memory-balanced ones, or those with the smallest "
-        "predicted peak (default: equal; auto with --memory_budget)")
+        "predicted peak, in float32 (default: equal; auto with --memory_budget)")
     add("--memory_budget", type=positive, metavar="GIB",
         help="take the fewest modules whose predicted peak is at most so many GiB (default: K is "
         "given instead)")
@@ -147,6 +153,27 @@ def build_parser() -> Parser:
     add("--dry_run", **switch,
         help="print what a training step would take, module by module, and end")
     add("--json", **switch, help="print that as one JSON object")
+
+    speed = parser.add_argument_group("speed")
+    add = speed.add_argument
+    on = switch | {"default": True}
+    add("--amp", choices=list(AMP), default="off",
+        help="autocast to bfloat16 or float16 (with scaled losses); losses stay float32")
+    add("--compile", **switch,
+        help="compile the training step of each module; identical modules share their code "
+        "(dropout then draws other masks)")
+    add("--channels_last", **on, help="images, weights and features in channels-last format")
+    add("--no-channels_last", dest="channels_last", nargs="?", const=False, type=negated,
+        metavar="BOOL", default=argparse.SUPPRESS, help="the same as --channels_last False")
+    add("--cudnn_benchmark", **switch,
+        help="on CUDA time cuDNN's algorithms and take the fastest, whatever memory it needs")
+    add("--tf32", **switch,
+        help="on CUDA let float32 convs and matrix products round their inputs to TF32")
+    add("--data_on_device", **switch,
+        help="keep the images on the device, as bytes; they are not counted in the peak")
+    add("--keep_heap", **on,
+        help="on the CPU keep freed memory in the process, where the C library would hand it to "
+        "the kernel and get it back cleared, page by page, every step")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -170,7 +197,7 @@ def build_parser() -> Parser:
     add("--cos_lr", **(switch | {"default": True}),
         help="cosine schedule; without it the rate falls to a tenth after 1/2 and after 3/4 of the "
         "epochs")
-    add("--no-cos_lr", dest="cos_lr", nargs="?", const=False, type=lambda text: not boolean(text),
+    add("--no-cos_lr", dest="cos_lr", nargs="?", const=False, type=negated,
         metavar="BOOL", default=argparse.SUPPRESS, help="the same as --cos_lr False")
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="epochs in which the rate rises from 0.01, or from --lr if that is less (default: "
@@ -203,7 +230,7 @@ NETWORK_OPTIONS = (
     "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset", "image_size",
     "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
     "aux_net_feature_dim", "droprate",
-    "context_group", "recompute", "cuts",
+    "context_group", "recompute", "cuts", "amp",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
@@ -215,8 +242,11 @@ NOT_OF_THE_RUN = (
 NOT_OF_THE_LEARNING = (*NOT_OF_THE_RUN, "data_dir", "checkpoint", "name", "no")
 """Options that say nothing of what is learned."""
 
-MEMORY_ONLY = ("context_group", "recompute")
-"""Options with the same learning and another peak: a continuation may change these as well."""
+MEMORY_AND_SPEED = (
+    "context_group", "recompute",
+    "compile", "channels_last", "cudnn_benchmark", "data_on_device", "keep_heap",
+)  # fmt: skip
+"""Options with the same learning but for memory and speed: a continuation may change them."""
 
 
 def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None]:

@@ -37,8 +37,7 @@ IMAGE_CHANNELS = 3
 
 class UnitCost(NamedTuple):
     """A unit's output; all that its forward leaves (the output included) and all that is alive at
-    the peak of its backward, inside a module and as its last unit; its parameters, and the
-    largest one of them.
+    the peak of its backward, inside a module and as its last unit; its parameters.
 
     As the last unit it is not recomputed, and its output stays: the next module waits for it.
     """
@@ -49,32 +48,27 @@ class UnitCost(NamedTuple):
     kept_last: int
     backward_last: int
     parameters: int
-    largest: int
 
 
 class HeadCost(NamedTuple):
     """A head's, with its decoder: peak of forward and backward; its output, which stays until the
-    step is done; parameters and the largest one of them; all that it owns.
+    step is done; parameters; all that it owns.
     """
 
     peak: int
     output: int
     parameters: int
-    largest: int
     fixed: int
 
 
 class SupplyCost(NamedTuple):
     """A context supply's: peak of the forward; what that leaves (what enters the module included);
-    peak of the backward on top of what is alive when it starts; parameters and the largest one
-    of them; all that it owns.
+    peak of the backward on top of what is alive when it starts; all that it owns.
     """
 
     forward: int = 0
     kept: int = 0
     backward: int = 0
-    parameters: int = 0
-    largest: int = 0
     fixed: int = 0
 
 
@@ -150,22 +144,18 @@ class Costs:
             at_start = held + self.features(entry) + supply.forward
             stays = self.features(entry) if self.mode.recent else 0
             at_end = held + stays + supply.kept + supply.backward
-        inside, largest = -math.inf, supply.largest
+        inside = -math.inf
         for end in range(start + 1, len(self.units) + 1):
             unit = self.units[end - 1]
             head = self.heads[self.shapes[end - 1]] if end < len(self.units) else self.last_head
             before = held + supply.kept + self.kept[end - 1] - self.kept[start]
             later = head.output + head.parameters + self.gradients[end]
-            gradients = later - self.gradients[start] + supply.parameters
-            largest = max(largest, unit.largest)
             peak = max(
                 at_start,
                 before + unit.kept_last + head.peak,
                 before + unit.backward_last + head.output + head.parameters,
                 inside + unit.output + later,
-                at_end + unit.output + gradients,
-                # SGD makes two tensors of a gradient's size: weight decay added, Nesterov's step.
-                held + stays + unit.output + gradients + 2 * max(largest, head.largest),
+                at_end + unit.output + later - self.gradients[start],
             )
             yield Candidate(end, peak, supply.fixed + head.fixed)
             inside = max(inside, before + unit.backward - self.gradients[end])
@@ -199,8 +189,8 @@ def unit_costs(
     kept, backward, shapes = _meter_units(module, images, recompute)
     kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
     outputs = [_bytes(len(images), shape) for shape in shapes]
-    parameters, largest = zip(*map(parameter_bytes, module.units), strict=True)
-    columns = outputs, kept, backward, kept_last, backward_last, parameters, largest
+    parameters = map(parameter_bytes, module.units)
+    columns = outputs, kept, backward, kept_last, backward_last, parameters
     return list(map(UnitCost, *columns)), shapes
 
 
@@ -253,7 +243,7 @@ def head_cost(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor
         loss, output = module.loss(h_out, targets, images)
         loss.backward()
     peak = meter.peak - before
-    return HeadCost(peak, output.nbytes, *parameter_bytes(owned), fixed_bytes(owned))
+    return HeadCost(peak, output.nbytes, parameter_bytes(owned), fixed_bytes(owned))
 
 
 def supply_cost(
@@ -290,7 +280,7 @@ def supply_cost(
         # Through an operation, so that nobody but autograd holds the gradient of h_in.
         (h_in * 1).backward(torch.empty_like(h_in))
     backward = meter.peak - begun[0]
-    return SupplyCost(forward, kept, backward, *parameter_bytes(supply), fixed_bytes(supply))
+    return SupplyCost(forward, kept, backward, fixed_bytes(supply))
 
 
 def _bytes(batch_size: int, shape: Shape) -> int:
@@ -298,16 +288,14 @@ def _bytes(batch_size: int, shape: Shape) -> int:
     return 4 * batch_size * channels * side * side
 
 
-def parameter_bytes(module: nn.Module) -> tuple[int, int]:
-    """Of all parameters, and of the largest one."""
-    sizes = [parameter.nbytes for parameter in module.parameters()]
-    return sum(sizes), max(sizes, default=0)
+def parameter_bytes(module: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def fixed_bytes(module: nn.Module) -> int:
     """Weights, momentum and statistics."""
-    weights = sum(p.nbytes for p in module.parameters())
-    return 2 * weights + sum(b.nbytes for b in module.buffers())
+    return 2 * parameter_bytes(module) + sum(b.nbytes for b in module.buffers())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -408,7 +396,9 @@ def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
     """The K-1 cuts with the smallest peak, K = `local_module_num` of the arguments.
 
     Equal layers and the published balanced cuts are tried too, and win where they are as good.
+    All is in float32, whatever `amp` says.
     """
+    arguments = arguments | {"amp": "off"}
     K = arguments["local_module_num"]
     candidates = [choose_cuts(arguments["layers"], K, arguments["dataset"])]
     with contextlib.suppress(InputError):  # where none are published
@@ -423,19 +413,21 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
     """The cuts of the fewest modules whose peak is at most `budget` bytes.
 
     Args:
-        arguments: of `build_network`; `local_module_num` does not matter.
+        arguments: of `build_network`; `local_module_num` does not matter, and `amp` is off.
         batch_size: samples a step.
         kind: of cuts, `equal`, `balanced` or `auto`.
         budget: in bytes.
     Raises:
         InputError: nothing fits; the message says what would.
     """
+    note = "" if arguments.get("amp", "off") == "off" else " (cuts are planned in float32)"
+    arguments = arguments | {"amp": "off"}
     costs = Costs(arguments, batch_size)
     for cuts in _cuts_that_may_fit(costs, kind, budget):
         peak = metered_peak(arguments, batch_size, cuts)
         if peak <= budget:
             return Partition(cuts, peak)
-    raise InputError(_what_would_fit(costs, kind, budget))
+    raise InputError(_what_would_fit(costs, kind, budget) + note)
 
 
 def _cuts_that_may_fit(costs: Costs, kind: str, budget: int) -> Iterator[list[Cut]]:

@@ -112,11 +112,8 @@ def step_flops(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list
 
 
 def step_peaks(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list[int]:
-    """Peak bytes of each module's turn in a training step, from the second on."""
+    """Peak bytes of each module's turn in a training step."""
     optimizers = make_optimizers(network)
-    for optimizer in optimizers:
-        for parameter in optimizer.param_groups[0]["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     totals = Totals(network, images.device)
     peaks = []
     with LiveBytes(tensors_alive(network, optimizers, images, targets)) as meter:

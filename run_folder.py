@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from configs import InputError, one_line
 from models.checkpoint import Checkpoint, replacing
-from options import MEMORY_ONLY, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
+from options import MEMORY_AND_SPEED, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
 
 
 class RunFolder:
@@ -55,7 +55,7 @@ class RunFolder:
         changed = [
             f"{name} {checkpoint.options.get(name)}, now {value}"
             for name, value in self.options.items()
-            if name in checkpoint.options.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_ONLY}
+            if name in checkpoint.options.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED}
             and checkpoint.options[name] != value
         ]
         if changed:
@@ -106,7 +106,9 @@ class RunFolder:
         """Lowest test error of the epochs so far in percent; infinite before the first."""
         return min((m["test_error"] for m in self.read_metrics()), default=math.inf)
 
-    def add_summary(self, peak_memory_how: str, device: str, parameters: dict[str, int]) -> dict:
+    def add_summary(
+        self, peak_memory_how: str, device: str, parameters: dict[str, int], data_bytes: int
+    ) -> dict:
         """Close the events; write and return summary.json; errors in percent, memory in bytes."""
         self.events.close()
         metrics = self.read_metrics()
@@ -115,6 +117,7 @@ class RunFolder:
             "error_best": self.best_error(),
             "peak_memory_bytes": max(m["peak_memory_bytes"] for m in metrics),
             "peak_memory_how": peak_memory_how,
+            "data_on_device_bytes": data_bytes,
             "samples_per_second": statistics.harmonic_mean(
                 m["samples_per_second"] for m in metrics
             ),

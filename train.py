@@ -34,15 +34,27 @@ from options import NETWORK_OPTIONS, read_options
 from partition import fewest_modules, smallest_peak
 from planner import make_plan, print_plan
 from run_folder import RunFolder, run_folder
+from speed import CompileTime, compile_errors, ready, set_switches
 
 # ---------------------------------------------------------------------------------------------
 # For people
 
 
 class Progress:
-    """A bar on a terminal, a line every `print_freq` steps elsewhere; use it with `with`."""
+    """A bar on a terminal, a line every `print_freq` steps elsewhere; use it with `with`.
 
-    def __init__(self, epoch: int, epochs: int, steps: int, print_freq: int) -> None:
+    Says as well what a step compiled, and for how long.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        epochs: int,
+        steps: int,
+        print_freq: int,
+        compile_time: CompileTime | None = None,
+    ) -> None:
+        self.compile_time = compile_time
         self.title = f"epoch {epoch:3}/{epochs}"
         self.steps, self.print_freq = steps, print_freq
         self.bar = tqdm(total=steps, desc=self.title, leave=False, disable=not sys.stdout.isatty())
@@ -56,6 +68,9 @@ class Progress:
     def __call__(self, step: int, totals: Totals) -> None:
         """Show that `step`, from 1, is done; losses are read only where they are shown."""
         self.bar.update()
+        if self.compile_time is not None and self.compile_time.is_news():
+            self.bar.clear()
+            print(self.compile_time.news(), flush=True)
         if step % self.print_freq and step != self.steps:
             return
         losses = totals.losses()
@@ -115,23 +130,37 @@ def run(argv: list[str]) -> None:
     options, checkpoint = read_options(argv)
     device = None if options.dry_run else choose_device(options.device)
     arguments, predicted_peak = network_arguments(options)
+    compile_time = CompileTime() if options.compile else None
     if options.dry_run:
         plan = make_plan(arguments, options.batch_size)
         if options.json:
             print(json.dumps(plan.as_json()))
         else:
-            print(f"{headline(options)}; a step of {options.batch_size} samples in float32")
+            precision = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.amp]
+            print(f"{headline(options)}; a step of {options.batch_size} samples in {precision}")
             print_plan(plan)
         return
 
     data_config = DATASETS[options.dataset]
     torch.manual_seed(options.seed)
-    network = build_network(**arguments).to(device)
+    set_switches(
+        device,
+        cudnn_benchmark=options.cudnn_benchmark,
+        tf32=options.tf32,
+        keeps_heap=options.keep_heap,
+    )
+    network = ready(
+        build_network(**arguments),
+        device,
+        channels_last=options.channels_last,
+        compiled=options.compile,
+    )
     if checkpoint is not None:
         load_weights(network, checkpoint)
     print_network(network, options)
     if predicted_peak:
-        print(f"predicted peak {readable(predicted_peak)}", flush=True)
+        precision = "" if options.amp == "off" else " (in float32)"
+        print(f"predicted peak {readable(predicted_peak)}{precision}", flush=True)
 
     if not options.evaluate:
         folder = RunFolder(run_folder(options), options)
@@ -159,7 +188,13 @@ def run(argv: list[str]) -> None:
             f"({', '.join(checkpoint.classes)}) than the data have ({', '.join(data.classes)})"
         )
     batches = partial(
-        Batches, data=data_config, batch_size=options.batch_size, device=device, seed=options.seed
+        Batches,
+        data=data_config,
+        batch_size=options.batch_size,
+        device=device,
+        seed=options.seed,
+        channels_last=options.channels_last,
+        on_device=options.data_on_device,
     )
     test_batches = batches(data.test)
     if options.evaluate:
@@ -170,8 +205,20 @@ def run(argv: list[str]) -> None:
         return
 
     train_batches = batches(data.train, augment=not options.no_augment, shuffle=True)
+    if options.data_on_device:
+        kept = train_batches.device_bytes + test_batches.device_bytes
+        print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
     try:
-        train(network, options, checkpoint, folder, train_batches, test_batches, data.classes)
+        train(
+            network,
+            options,
+            checkpoint,
+            folder,
+            train_batches,
+            test_batches,
+            data.classes,
+            compile_time,
+        )
     except KeyboardInterrupt:
         how = f"continue with --resume {folder.checkpoint}" if folder.checkpoint.exists() else (
             "no epoch is complete, so there is nothing to continue from"
@@ -247,13 +294,17 @@ def train(
     train_batches: Batches,
     test_batches: Batches,
     classes: list[str],
+    compile_time: CompileTime | None,
 ) -> None:
     """All epochs that are left, from `checkpoint` where there is one, and the summary."""
     optimizers = make_optimizers(network)
     if checkpoint is not None:
         load_momentum(optimizers, network, checkpoint)
+        for optimizer, state in zip(optimizers, checkpoint.scalers, strict=False):
+            optimizer.scaler.load_state_dict(state)
     epochs_done = checkpoint.epoch if checkpoint is not None else 0
-    peak = PeakMemory(train_batches.device)
+    data_bytes = train_batches.device_bytes + test_batches.device_bytes
+    peak = PeakMemory(train_batches.device, compiled=options.compile, apart=data_bytes)
     folder.open(epochs_done)
 
     for epoch in range(epochs_done + 1, options.epochs + 1):
@@ -263,7 +314,9 @@ def train(
             optimizer.param_groups[0]["lr"] = lr
 
         start = time.perf_counter()
-        with Progress(epoch, options.epochs, len(train_batches), options.print_freq) as progress:
+        with Progress(
+            epoch, options.epochs, len(train_batches), options.print_freq, compile_time
+        ) as progress:
             trained = train_one_epoch(
                 network, optimizers, train_batches.epoch(epoch), peak, progress
             )
@@ -294,12 +347,15 @@ def train(
             momentum=momentum_by_name(optimizers, network),
             options=folder.options,
             classes=classes,
+            scalers=[o.scaler.state_dict() for o in optimizers if o.scaler.is_enabled()],
         )
         if is_best:
             save_checkpoint(folder.best, state)
         save_checkpoint(folder.checkpoint, state)
 
-    summary = folder.add_summary(peak.how, device_name(peak.device), network.parameter_counts())
+    summary = folder.add_summary(
+        peak.how, device_name(peak.device), network.parameter_counts(), data_bytes
+    )
     print_summary(summary, folder.path)
 
 
@@ -314,6 +370,10 @@ def main() -> int:
         print(f"train.py: error: out of memory, so take a smaller --batch_size, a larger "
               f"--local_module_num, a --memory_budget or --recompute ({one_line(error)})",
               file=sys.stderr)  # fmt: skip
+        return 2
+    except compile_errors() as error:
+        print(f"train.py: error: --compile failed, so leave it out or mend this: "
+              f"{str(error).splitlines()[0]}", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

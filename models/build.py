@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from configs import (
@@ -25,6 +26,9 @@ from models.resnet import build_units, channels_after, initialise, real_head
 SMALLEST_IMAGE = 4
 """Two strides of 2 leave one pixel of this many."""
 
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`--amp`: what autocast narrows to."""
 
 WIDEST = 1000
 """An upper bound of `aux_net_widen`, so that a slip of the keyboard is an error of its own."""
@@ -49,6 +53,7 @@ def build_network(
     context_group: int = 16,
     recompute: bool = False,
     cuts: Sequence[Cut] | None = None,
+    amp: str = "off",
 ) -> ContSupNetwork:
     """A ResNet cut into local modules, initialised from torch's global generator.
 
@@ -74,6 +79,7 @@ def build_network(
         recompute: inside a module keep the units' inputs only, and make the rest again in the
             backward; of the last unit, whose backward comes first, the rest is kept.
         cuts: K-1 [stage, block] of your own, in order, instead of equal or balanced ones.
+        amp: `bf16` or `fp16` runs convs and matrix products in that, by autocast; `off` does not.
     Raises:
         ValueError: an argument is out of range or does not fit the others; the message is a
             sentence that says what would be right.
@@ -87,6 +93,7 @@ def build_network(
     )
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
+    _check_choice("amp", amp, AMP)
     _check_range(
         "image_size", image_size, image_size >= SMALLEST_IMAGE, f"{SMALLEST_IMAGE} or more"
     )
@@ -134,7 +141,7 @@ def build_network(
             decoding = Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K)
         modules.append(LocalModule(supply, part, head, task, *decoding, recompute=recompute))
 
-    network = ContSupNetwork(modules, mode, dataset)
+    network = ContSupNetwork(modules, mode, dataset, AMP[amp])
     initialise(network)
     return network
 

@@ -4,7 +4,7 @@ Both are read into the same `Checkpoint`; only this project's own is written.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ class Checkpoint(NamedTuple):
         options: the run's options; empty in the authors' format, which lacks them.
         classes: names of the classes, in the order of the head's outputs; empty likewise.
         official: whether the names are the authors'.
+        scalers: state of the modules' loss scalers, with float16; else empty.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class Checkpoint(NamedTuple):
     options: dict[str, object]
     classes: list[str]
     official: bool = False
+    scalers: Sequence[dict[str, float]] = ()
 
 
 @contextmanager
@@ -101,6 +103,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
         for name, tensor in getattr(checkpoint, part).items():
             if not (isinstance(name, str) and isinstance(tensor, Tensor)):
                 raise TypeError(f"{name!r} in its {part} is no tensor")
+    if not all(isinstance(state, dict) for state in checkpoint.scalers):
+        raise TypeError("its scalers are not what they should be")
     if not isinstance(checkpoint.options, dict) or not isinstance(checkpoint.classes, list):
         raise TypeError("its options or classes are not what they should be")
     return checkpoint
@@ -144,7 +148,9 @@ def load_momentum(
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != buffer.shape:
             raise InputError(f"the checkpoint's momentum of {name} is of another architecture")
-        owner[parameter].state[parameter]["momentum_buffer"] = buffer.to(parameter)
+        # In the parameter's memory format, which a fused step takes for granted.
+        own = torch.empty_like(parameter, requires_grad=False).copy_(buffer)
+        owner[parameter].state[parameter]["momentum_buffer"] = own
 
 
 def momentum_by_name(

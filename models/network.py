@@ -1,6 +1,8 @@
 """A network as a list of local modules, each trained on its own loss."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 import losses
 from configs import DATASETS, Cut
 from models.auxiliary import Decoder
-from models.context import ContextMode, Contexts, ContextSupply
+from models.context import ContextMode, Contexts, ContextSupply, Encoder
+from models.grouped import Functions, encode, encode_backward
+from models.norm_relu import wide
 from models.recompute import keep_input_only
 
 
@@ -57,6 +61,18 @@ class LocalModule(nn.Module):
             h = keep_input_only(unit, h) if self.recompute else unit(h)
         return last(h)  # its backward comes next: made again, its maps would exist twice
 
+    def forward_and_losses(
+        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """h_out and head's output, both detached, then the loss parts: what `--compile` compiles.
+
+        In one piece, so that the compiled backward takes its ReLU masks from the output. The
+        weights of the losses, which differ from module to module, are left out of it.
+        """
+        h_out = self(h_in)
+        output, task, reconstruction = self.loss_parts(h_out, targets, pixels)
+        return h_out.detach(), output.detach(), task, reconstruction
+
     def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Local loss and the head's output (README, equations 6 to 9).
 
@@ -67,13 +83,28 @@ class LocalModule(nn.Module):
         Returns:
             0-d loss and (N, D) head output.
         """
-        output = self.head(h_out)
-        loss = self.task.function(output, targets)
-        if self.decoder is not None:
-            decoded = self.decoder(h_out, pixels.shape[-2:])
-            lx, ly = self.loss_weights
-            loss = lx * losses.reconstruction(decoded, pixels) + ly * loss
-        return loss, output
+        output, *parts = self.loss_parts(h_out, targets, pixels)
+        return self.weighed(*parts), output
+
+    def loss_parts(
+        self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Head's output (N, D), task loss and reconstruction loss, the latter None or 0-d.
+
+        Under autocast head and decoder are narrow, and the losses of their outputs float32.
+        """
+        output = wide(self.head(h_out))
+        decoded = self.decoder and wide(self.decoder(h_out, pixels.shape[-2:]))
+        with torch.autocast(h_out.device.type, enabled=False):
+            task = self.task.function(output, targets)
+            return output, task, self.decoder and losses.reconstruction(decoded, pixels)
+
+    def weighed(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
+        """Local loss (README, equation 6)."""
+        if reconstruction is None:
+            return task
+        lx, ly = self.loss_weights
+        return lx * reconstruction + ly * task
 
 
 class LocalStep(NamedTuple):
@@ -88,41 +119,103 @@ class ContSupNetwork(nn.Module):
     """K local modules with no gradient across the K-1 cuts and context supplied at each.
 
     `network(images)` gives the logits of the last module's head.
+
+    Args:
+        modules: first to last.
+        mode: which contexts are supplied.
+        dataset: whose mean and std a decoder's target is un-normalised with.
+        narrow: dtype that autocast runs convs and matrix products in; None for no autocast.
     """
 
-    def __init__(self, modules: list[LocalModule], mode: ContextMode, dataset: str) -> None:
+    def __init__(
+        self,
+        modules: list[LocalModule],
+        mode: ContextMode,
+        dataset: str,
+        narrow: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
         for index, module in enumerate(modules):
             module.index = index
         self.mode = mode
         self.dataset = dataset
+        self.narrow = narrow
+        self.compiled = False
 
-    def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
-        """Each local module with its output (N, C, S, S): the one forward path of every use.
+    def eagerly(self) -> AbstractContextManager:
+        """For a batch size that comes up rarely, and for evaluation: nothing is compiled here."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The precision of everything but the losses."""
+        return torch.autocast(device.type, self.narrow) if self.narrow else nullcontext()
+
+    def compile_steps(self, backend: str = "inductor") -> None:
+        """From now on train modules and encoders compiled; identical ones share their code.
+
+        A graph break is an error. An encoder's forward and backward are compiled apart: seen as a
+        whole, the maps that its backward makes again would be found to be those of its forward,
+        and kept. Each batch size has code of its own: see `eagerly`.
+        """
+        self.compiled = True
+        kinds = sum(1 + len(module.context) for module in self.local_modules)  # at most
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        step, plain = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
+        encoding = Functions(compiled(encode), compiled(encode_backward))
+        for module in self.local_modules:
+            module.forward_and_losses = partial(step, module)
+            for encoder in module.context.values():
+                encoder.functions = encoding
+                if not module.context.group:
+                    encoder.forward = partial(plain, encoder)
+
+    def in_turn(
+        self, images: Tensor, run: Callable[[LocalModule, Tensor], tuple[Tensor, ...]]
+    ) -> Iterator[tuple]:
+        """Each local module, and what `run` gives for it: the one forward path of every use.
 
         What enters a module is detached: a backward from its output ends at its own input.
 
         Args:
             images: (N, 3, H, W), normalised.
+            run: a module and its h_in -> its output (N, C, S, S), and what else is asked for.
         """
         contexts = Contexts(self.mode, images)
         h = images
         for index, module in enumerate(self.local_modules):
-            if index:
-                h = module.context(h, contexts.named())
-                contexts.push(h.detach())
-            h = module(h)
-            yield module, h
-            h = h.detach()
+            with self.autocast(images.device):
+                if index:
+                    h = module.context(h, contexts.named())
+                    contexts.push(h.detach())
+                given = [run(module, h)]
+            h = given[0][0].detach()
+            yield module, *given.pop()  # handed over: a local variable would keep it
+
+    def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
+        """Each local module with its output (N, C, S, S), from images (N, 3, H, W), normalised."""
+        return self.in_turn(images, lambda module, h_in: (module(h_in),))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W), normalised -> logits (N, num_classes) of the last module."""
         for module, h_out in self.features(images):  # noqa: B007
             pass
-        return module.head(h_out)
+        return self.head_output(module, h_out)
 
-    def local_steps(self, images: Tensor, targets: Tensor) -> Iterator[LocalStep]:
+    def head_output(self, module: LocalModule, h_out: Tensor) -> Tensor:
+        """A module's h_out (N, C, S, S) -> its head's output (N, D), float32 under autocast."""
+        with self.autocast(h_out.device):
+            return wide(module.head(h_out))
+
+    def local_steps(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        scaled: Callable[[LocalModule, Tensor], Tensor] = lambda module, loss: loss,
+    ) -> Iterator[LocalStep]:
         """Train step, module by module: forward, its loss, backward, then on to the next.
 
         Each item comes as soon as the module's gradients are there (they add to what `.grad`
@@ -133,13 +226,19 @@ class ContSupNetwork(nn.Module):
         Args:
             images: (N, 3, H, W), normalised, N >= 2.
             targets: (N,) class indices.
+            scaled: gives the 0-d tensor to go backward from for a module and its loss.
         """
         pixels = self.pixels(images)
-        for module, h_out in self.features(images):
-            loss, output = module.loss(h_out, targets, pixels)
-            loss.backward()
-            step = [LocalStep(module, output.detach(), loss.detach())]
-            del h_out, loss, output
+
+        def run(module: LocalModule, h_in: Tensor) -> tuple[Tensor | None, ...]:
+            return module.forward_and_losses(h_in, targets, pixels)
+
+        for module, _, output, *parts in self.in_turn(images, run):
+            loss = module.weighed(*parts)
+            del _, parts
+            scaled(module, loss).backward()
+            step = [LocalStep(module, output, loss.detach())]
+            del loss, output
             yield step.pop()  # handed over: a local variable would keep it for another module
 
     def local_step(

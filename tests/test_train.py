@@ -115,13 +115,14 @@ def assert_same_state(a, b):
 def test_training_is_the_plain_loop(monkeypatch, capsys, options, rates, augment):
     """Against one SGD over the whole network on each module's loss, bit for bit; K = 4."""
     method = ["--layers", "8", "--local_module_num", "4", "--context_mode", "R1E"]
+    method.append("--no-channels_last")
     main(monkeypatch, capsys, *TINY, *method, *options, "--output_dir", "run")
     torch.manual_seed(5)
     network = models.build_network(
         layers=8, local_module_num=4, context_mode="R1E", dataset="digits"
     )
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4
+        network.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
     )
     data = train.load_dataset("digits", "unused", 32, 2)
     cpu, digits = torch.device("cpu"), train.DATASETS["digits"]
