@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
+# ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
 # ./command.sh test    run the test suite
-# What stands after the target goes to train.py or pytest. PYTHON=... names another interpreter.
+# What stands after the target goes to train.py, bench.py or pytest. PYTHON=... names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    sed -n '2,5s/^# //p' "$0"
+    sed -n '2,6s/^# //p' "$0"
 }
 
 # .venv with what requirements.txt asks for; nothing is done where that is so already.
@@ -50,6 +51,16 @@ plan = json.load(sys.stdin)
 whole, modules, peak = plan["end_to_end_peak_bytes"], len(plan["modules"]), plan["peak_bytes"]
 print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f} |")
 ' "$layers"
+        done
+        ;;
+    speed)
+        shift
+        prepare
+        for run in "1 R0" "16 R0" "16 E" "16 R1E"; do
+            echo "ResNet-32, K=${run% *}, ${run#* }"
+            .venv/bin/python bench.py --dataset cifar10 --layers 32 --batch_size 128 \
+                --local_module_num "${run% *}" --context_mode "${run#* }" \
+                --versus="--amp bf16" --versus="--amp bf16 --compile" "$@"
         done
         ;;
     test)
