@@ -14,3 +14,14 @@ def main(monkeypatch, capsys, *arguments):
         status = error.code
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def few_test_images(monkeypatch):
+    """Have train.py see a test split of 40 images."""
+    load = train.load_dataset
+
+    def load_less(*args, **options):
+        data = load(*args, **options)
+        return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
+
+    monkeypatch.setattr(train, "load_dataset", load_less)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from cli import main
+from cli import few_test_images, main
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -579,13 +579,7 @@ def train_py(tmp_path, monkeypatch, capsys):
     Gives status, output and errors.
     """
     monkeypatch.chdir(tmp_path)
-    load = train.load_dataset
-
-    def load_less(*args, **options):
-        data = load(*args, **options)
-        return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
-
-    monkeypatch.setattr(train, "load_dataset", load_less)
+    few_test_images(monkeypatch)
     monkeypatch.setattr(ContSupNetwork.compile_steps, "__defaults__", ("aot_eager",))
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     kept = backends[0].benchmark, backends[0].allow_tf32, backends[1].allow_tf32

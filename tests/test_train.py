@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import main
+from cli import few_test_images, main
 from golden import fill
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,13 +33,7 @@ ROOT = Path(train.__file__).parent
 def elsewhere(tmp_path, monkeypatch):
     """Run in an empty folder, with a test split of 40 images."""
     monkeypatch.chdir(tmp_path)
-    load = train.load_dataset
-
-    def load_less(*args, **options):
-        data = load(*args, **options)
-        return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
-
-    monkeypatch.setattr(train, "load_dataset", load_less)
+    few_test_images(monkeypatch)
 
 
 def metrics_of(folder):
