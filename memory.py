@@ -122,7 +122,7 @@ class PeakMemory:
             self.how = "torch.cuda.max_memory_allocated over all training steps"
         elif compiled:
             self._meter, self._watched = AllocatedBytes, (1, 2, 3)
-            self.how = "the CPU allocator's record of the second and third full training step"
+            self.how = "the CPU allocator's record of the first full training steps"
 
     @contextmanager
     def step(self, samples: int, alive: Callable[[], Iterable[Tensor]]) -> Iterator[None]:

@@ -372,8 +372,9 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     except compile_errors() as error:
-        print(f"train.py: error: --compile failed, so leave it out or mend this: "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)  # fmt: skip
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"train.py: error: --compile failed, so leave it out or mend this: {reason}",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -183,7 +183,7 @@ EAGER = Functions(encode, encode_backward)
 
 
 class _Encode(torch.autograd.Function):
-    """Computes in `dtype` and with autocast off, whatever it is by the time of the backward."""
+    """Computes in `dtype`, also in a backward that runs under another autocast."""
 
     @staticmethod
     def forward(ctx, source, size, group, dtype, functions, norms, *tensors):

@@ -3,7 +3,8 @@
 On CUDA PyTorch's kernels do it (`Kernels`). On the CPU theirs crawl where the channels do not fill
 a vector: forward and backward of an encoder's 12 channels take several times those of 16. `Rows`
 looks at channels-last maps as rows of whole image lines instead, in which any number of channels
-fills the vectors, and computes in plain operations; `--compile` fuses them.
+fills the vectors, and computes in plain operations. Compiled code takes `Kernels` everywhere, which
+the compiler writes out itself: rows beside maps would give it indices that it can't simplify.
 """
 
 import torch
@@ -90,7 +91,7 @@ class Rows:
 
 
 def best_for(device: torch.device) -> type[Kernels] | type[Rows]:
-    """Which of the two is fast there."""
+    """Which of the two is fast there, in eager or in compiled code."""
     return Rows if device.type == "cpu" and not torch.compiler.is_compiling() else Kernels
 
 
