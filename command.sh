@@ -3,12 +3,19 @@
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
 # ./command.sh test    run the test suite
-# What stands after the target goes to train.py, bench.py or pytest. PYTHON=... names another interpreter.
+# ./command.sh list    the paper's experiments and how many runs each has
+# ./command.sh table1 | table2 | table3 | figure4 | figure5 | table4 | all
+#                      train the runs of an experiment, then report.py runs
+# ./command.sh evidence DATA_DIR   ten short runs on images of your own, then report.py
+# What stands after the target goes to train.py, bench.py or pytest. With an experiment, --list
+# prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
+# of evidence 0 1), EPOCHS=160 and DATASET=cifar10 change its runs. A finished run is skipped, one
+# that was cut off is continued. PYTHON=... names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    sed -n '2,6s/^# //p' "$0"
+    sed -n '2,13s/^# //p' "$0"
 }
 
 # .venv with what requirements.txt asks for; nothing is done where that is so already.
@@ -27,6 +34,186 @@ prepare() {
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/requirements.txt
     fi
+}
+
+# ---------------------------------------------------------------------------------------------
+# The paper's experiments. Each line that starts with `run` is a call of train.py.
+
+PUBLISHED=(--model resnet --droprate 0.0 --cos_lr --aux_net_widen 1 --aux_net_feature_dim 128
+    --aux_net_config 1c2f --epochs "${EPOCHS:-160}")
+CIFAR10=(--dataset "${DATASET:-cifar10}")
+
+# Table 1: the context modes
+table1() {
+    for mode in R0 E R1 R1E; do
+        run "${CIFAR10[@]}" --layers 32 --local_module_num 16 --context_mode $mode \
+            --local_loss_mode cross_entropy
+    done
+}
+
+# Table 2: two modes and both losses
+table2() {
+    for mode in E R1E; do
+        for loss in contrast cross_entropy; do
+            for K in 2 4 8 16; do
+                run "${CIFAR10[@]}" --layers 32 --local_module_num $K --context_mode $mode \
+                    --local_loss_mode $loss
+            done
+        done
+    done
+}
+
+# Table 3: ResNet-110 with decoders on three data sets
+table3() {
+    for data in ${DATASET:-cifar10 stl10 svhn}; do
+        for loss in contrast cross_entropy; do
+            for K in 2 4 8 16; do
+                run --dataset "$data" --layers 110 --local_module_num $K --context_mode R1E \
+                    --local_loss_mode $loss --h_reconstruct
+            done
+        done
+    done
+}
+
+# Figure 4: error against peak memory, with memory-balanced cuts
+figure4() {
+    for K in 2 4 8 16; do
+        run "${CIFAR10[@]}" --layers 32 --local_module_num $K --context_mode E \
+            --local_loss_mode contrast --balanced_memory
+    done
+    for K in 2 3 4; do
+        run "${CIFAR10[@]}" --layers 110 --local_module_num $K --context_mode E \
+            --local_loss_mode contrast --balanced_memory
+    done
+}
+
+# Figure 5: error against K, by mode and loss
+figure5() {
+    for K in 2 4 8 16; do
+        for mode in R0 E R1 R1E; do
+            run "${CIFAR10[@]}" --layers 32 --local_module_num $K --context_mode $mode \
+                --local_loss_mode cross_entropy
+            run "${CIFAR10[@]}" --layers 32 --local_module_num $K --context_mode $mode \
+                --local_loss_mode cross_entropy --h_reconstruct
+        done
+        for mode in E R1 R1E; do
+            run "${CIFAR10[@]}" --layers 32 --local_module_num $K --context_mode $mode \
+                --local_loss_mode contrast
+        done
+    done
+}
+
+# Table 4: how many earlier features; n of Rn may not exceed K
+table4() {
+    for mode in R0 E R1 R2 R4 R8; do
+        run "${CIFAR10[@]}" --layers 32 --local_module_num 8 --context_mode $mode \
+            --local_loss_mode cross_entropy
+    done
+    for mode in R0 E R1 R2 R4 R8 R16; do
+        run "${CIFAR10[@]}" --layers 32 --local_module_num 16 --context_mode $mode \
+            --local_loss_mode cross_entropy
+    done
+}
+
+# All: each run once; K=16 of Figure 4 is Table 2's too, its balanced cuts being the equal ones
+all() {
+    table1
+    table2
+    table3
+    figure4
+    figure5
+    table4
+}
+
+# Not of the paper: does context supply help? A short schedule on a part of any images.
+evidence() {
+    PUBLISHED=(--dataset folder --data_dir "$DATA_DIR" --layers 32 --limit_per_class 1000
+        --epochs "${EPOCHS:-8}" --batch_size 128 --lr 0.1 --amp bf16 --compile)
+    run --local_module_num 1
+    for mode in R0 R1 E R1E; do
+        run --local_module_num 16 --context_mode $mode
+    done
+}
+
+# ---------------------------------------------------------------------------------------------
+# Running them
+
+# Remember a call of train.py, but once.
+run() {
+    local call
+    call=$(printf '%q ' "$@" "${PUBLISHED[@]}")
+    case "${CALLS-}" in
+        *"$call"$'\n'*) ;;
+        *) CALLS+=$call$'\n' ;;
+    esac
+}
+
+# experiment NAME [option of train.py ...]: all its runs with all seeds, then the report.
+experiment() {
+    local name=$1 list="" dry="" extra=() CALLS="" calls=() option call seed count=0 status
+    local failed=() seeds=${SEEDS:-0}
+    shift
+    for option in "$@"; do
+        case $option in
+            --list) list=1 ;;
+            --dry_run) dry=1 ;;
+            --output_dir* | --resume* | --evaluate* | --seed*)
+                echo "command.sh: error: $name has many runs, so leave ${option%%=*} out" \
+                    "(seeds: SEEDS=\"0 1 2\")" >&2
+                exit 2
+                ;;
+            *) extra+=("$option") ;;
+        esac
+    done
+    case "$seeds" in
+        *[!0-9\ ]*)
+            echo "command.sh: error: SEEDS='$seeds' are not whole numbers between spaces" >&2
+            exit 2
+            ;;
+    esac
+    if [ -n "$dry" ]; then
+        extra+=(--dry_run --save_plan)
+        seeds=${seeds%% *} # memory is the same for every seed
+    else
+        extra+=(--resume auto)
+    fi
+    "$name"
+    for seed in $seeds; do
+        while IFS= read -r call; do
+            calls+=("train.py ${call}--seed $seed$(printf ' %q' "${extra[@]}")")
+        done <<< "${CALLS%$'\n'}"
+    done
+    if [ -n "$list" ]; then
+        printf '.venv/bin/python %s\n' "${calls[@]}"
+        return
+    fi
+    prepare
+    for call in "${calls[@]}"; do
+        count=$((count + 1))
+        echo "[$count/${#calls[@]}] $call"
+        status=0
+        eval ".venv/bin/python $call" || status=$?
+        [ $status -lt 128 ] || exit $status # Ctrl-C, or killed: the rest is not wanted either
+        [ $status -eq 0 ] || failed+=("status $status: $call")
+    done
+    .venv/bin/python report.py runs || failed+=("report.py runs")
+    if [ ${#failed[@]} -gt 0 ]; then
+        echo "command.sh: ${#failed[@]} of ${#calls[@]} runs failed:" >&2
+        printf '  %s\n' "${failed[@]}" >&2
+        exit 1
+    fi
+}
+
+# A line for each experiment: its name, its number of runs a seed, and what its function says.
+list() {
+    local name CALLS lines
+    for name in table1 table2 table3 figure4 figure5 table4 all; do
+        CALLS=""
+        "$name"
+        mapfile -t lines <<< "${CALLS%$'\n'}"
+        printf '%-8s %3d runs  %s\n' "$name" "${#lines[@]}" \
+            "$(grep -B 1 "^$name()" command.sh | sed -n 's/^# [^:]*: //p')" # its comment
+    done
 }
 
 case "${1:-}" in
@@ -67,6 +254,24 @@ print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f}
         shift
         prepare
         .venv/bin/python -m pytest "$@"
+        ;;
+    list)
+        list
+        ;;
+    table1 | table2 | table3 | figure4 | figure5 | table4 | all)
+        experiment "$@"
+        ;;
+    evidence)
+        case "${2:-}" in
+            "" | -*)
+                echo "command.sh: error: say where the images are: ./command.sh evidence DATA_DIR" \
+                    "(it holds train/<class>/* and test/<class>/*)" >&2
+                exit 2
+                ;;
+        esac
+        DATA_DIR=$2
+        SEEDS=${SEEDS:-0 1}
+        experiment evidence "${@:3}"
         ;;
     -h | --help)
         usage

@@ -136,6 +136,12 @@ def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False
     return [units[len(units) * i // K - 1] for i in range(1, K)]
 
 
+def balanced_cuts_are_equal(layers: int, K: int | None, dataset: str) -> bool:
+    """Whether balanced cuts are published for this net, and are its equal ones."""
+    balanced = BALANCED_CUTS.get((layers, _dataset_with_tables(dataset), K))
+    return balanced is not None and balanced == EQUAL_CUTS.get((layers, K))
+
+
 def check_cuts(cuts: Sequence[Cut], layers: int, K: int) -> None:
     """InputError unless these are K-1 units of a ResNet, in order and without its last."""
     units = unit_names(layers)

@@ -330,7 +330,18 @@ class Batches:
             images = crop(pad_images(images, self.data.pad, self.data.reflect), corners, size)
             if self.data.flip:
                 images = flip(images, flips)
-        return self._laid_out(images).float().sub_(self.mean).div_(self.std), targets
+        return self._normalised(images), targets
+
+    def spread(self, count: int) -> Tensor:
+        """Images (count, 3, S, S) from evenly all over the split, not augmented; at most all."""
+        size = len(self.split.images)
+        rows = torch.linspace(0, size - 1, min(count, size)).long()
+        images = self.split.images.index_select(0, rows.to(self.split.images.device))
+        return self._normalised(images.to(self.device))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Bytes (N, 3, S, S) on the device -> float32 in the memory format of the batches."""
+        return self._laid_out(images).float().sub_(self.mean).div_(self.std)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) in the memory format of the batches."""

@@ -164,6 +164,29 @@ def evaluate(
     return totals
 
 
+@torch.no_grad()
+def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor]:
+    """The images, and what the decoder at each cut makes of the features there.
+
+    Args:
+        images: (N, 3, H, W), normalised.
+    Returns:
+        `image`, then `cut [stage, block]` from first to last -> (N, 3, H, W) in [0, 1]; empty for a
+        network without decoders.
+    """
+    pixels = network.pixels(images)
+    if pixels is None:
+        return {}
+    network.eval()
+    rows = {"image": pixels}
+    with network.eagerly():
+        for module, h_out in network.features(images):
+            if module.decoder is not None:
+                name = f"cut {list(module.unit_names[-1])}"
+                rows[name] = network.reconstruction(module, h_out, images.shape[-2:])
+    return rows
+
+
 def tensors_alive(
     network: ContSupNetwork, optimizers: list[LocalSGD], *batch: Tensor
 ) -> list[Tensor]:

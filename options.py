@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
-from configs import DATASETS, Cut, InputError
+from configs import DATASETS, Cut, InputError, balanced_cuts_are_equal
 from losses import LOCAL_LOSSES
 from models.build import AMP
 from models.checkpoint import Checkpoint, read_checkpoint
@@ -120,7 +120,8 @@ def build_parser() -> Parser:
     add("--context_mode", default="R0", metavar="MODE",
         help="Rn: the n latest module inputs (R0: no context), E: the image, RnE: both")
     add("--balanced_memory", **switch,
-        help="the published memory-balanced cuts, as --partition balanced")
+        help="the published memory-balanced cuts, as --partition balanced; where they are the "
+        "equal ones, the run is named as that of the equal ones")
     add("--h_reconstruct", **switch, help="a decoder at each cut, trained to reconstruct the image")
     add("--loss_scale", nargs=4, type=float, metavar=("IXX_1", "IXY_1", "IXX_2", "IXY_2"),
         help="weights of reconstruction and task loss in the first and the last module that "
@@ -153,6 +154,8 @@ def build_parser() -> Parser:
     add("--dry_run", **switch,
         help="print what a training step would take, module by module, and end")
     add("--json", **switch, help="print that as one JSON object")
+    add("--save_plan", **switch,
+        help="leave that as plan.json in the run folder, where report.py finds it")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
@@ -217,7 +220,8 @@ def build_parser() -> Parser:
         help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
     add("--resume", type=path, metavar="CKPT",
         help="continue from a checkpoint of this project (with its options, where no others are "
-        "given) or of the authors' release")
+        "given) or of the authors' release; auto: from the run folder's own where there is one, "
+        "which of a finished run says so, else start")
     add("--evaluate", type=path, metavar="CKPT",
         help="print the test error of such a checkpoint, and end")
     add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
@@ -235,7 +239,7 @@ NETWORK_OPTIONS = (
 """Options that are arguments of `build_network`."""
 
 NOT_OF_THE_RUN = (
-    "resume", "evaluate", "dry_run", "json", "output_dir", "device", "print_freq"
+    "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq"
 )  # fmt: skip
 """Options that say how and where to run, not what: a checkpoint does not hold them."""
 
@@ -259,13 +263,26 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
     parser = build_parser()
     options = parser.parse_args(argv)
     check_together(options)
+    call_equal_cuts_equal(options)
     checkpoint = None
-    if options.resume or options.evaluate:
+    if options.resume not in (None, "auto") or options.evaluate:
         checkpoint = read_checkpoint(options.resume or options.evaluate)
         if checkpoint.options:
             check_cuts_stay(options, checkpoint.options)
         options = parser.parse_args(as_arguments(checkpoint.options) + argv)
+        call_equal_cuts_equal(options)
     return fill_in(options), checkpoint
+
+
+def call_equal_cuts_equal(options: argparse.Namespace) -> None:
+    """Have balanced cuts be called equal where the published ones are the same, in place.
+
+    So a run has one name, whichever of the paper's experiments asks for it.
+    """
+    if not (options.balanced_memory or options.partition == "balanced"):
+        return
+    if balanced_cuts_are_equal(options.layers, options.local_module_num, options.dataset):
+        options.balanced_memory, options.partition = False, "equal"
 
 
 def check_cuts_stay(options: argparse.Namespace, kept: dict[str, object]) -> None:
@@ -282,8 +299,15 @@ def check_together(options: argparse.Namespace) -> None:
         raise InputError("--resume continues a run and --evaluate trains none: give one of them")
     if options.dry_run and options.evaluate:
         raise InputError("--dry_run plans a training and --evaluate is none: give one of them")
+    if options.resume == "auto" and options.memory_budget and not options.output_dir:
+        raise InputError(
+            "--memory_budget finds the number of modules, which names the run folder, so --resume "
+            "auto needs an --output_dir"
+        )
     if options.json and not options.dry_run:
         raise InputError("--json is how --dry_run prints its plan: give --dry_run as well")
+    if options.save_plan and not options.dry_run:
+        raise InputError("--save_plan keeps the plan of --dry_run: give --dry_run as well")
     if options.memory_budget and options.local_module_num:
         raise InputError(
             "--memory_budget finds the number of modules: leave --local_module_num out"

@@ -95,6 +95,20 @@ def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
     )
 
 
+def end_to_end_peaks(arguments: dict[str, Any], batch_size: int) -> tuple[int, int]:
+    """Peak bytes of a run's net trained end to end, and of that with `recompute`.
+
+    Arguments and errors are those of `make_plan`.
+    """
+    with FakeTensorMode():
+        batch = fake_batch(arguments, batch_size)
+        plain, recomputed = (
+            step_peaks(build_network(**arguments | END_TO_END | {"recompute": again}), *batch)[0]
+            for again in (False, True)
+        )
+    return plain, recomputed
+
+
 def fake_batch(arguments: dict[str, Any], batch_size: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, S, S) and targets (N,) of the size that a run has; call in FakeTensorMode."""
     size = arguments["image_size"]

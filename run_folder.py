@@ -7,14 +7,19 @@ import math
 import platform
 import statistics
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+import figures
 from configs import InputError, one_line
+from memory import MIB
 from models.checkpoint import Checkpoint, replacing
 from options import MEMORY_AND_SPEED, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
 
@@ -30,18 +35,20 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.json"
         self.summary = path / "summary.json"
+        self.plan = path / "plan.json"
 
     def check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
         """InputError if training here would overwrite or mix up an earlier run.
 
         Args:
-            resumed, checkpoint: file and contents of what the run continues from, if it does.
+            resumed, checkpoint: file and contents of what the run continues from, if it does. With
+                `auto`, epochs that ended before there was a checkpoint are not in the way.
         """
         elsewhere = "choose another --output_dir, --name or --no"
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, so it can't be the run folder: {elsewhere}")
         kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
-        if not kept:
+        if not kept or (resumed == "auto" and kept == [self.metrics]):
             return
         what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
         if not self.checkpoint.exists():
@@ -52,14 +59,26 @@ class RunFolder:
             raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {elsewhere}")
         if not Path(resumed).samefile(self.checkpoint):
             raise InputError(f"{what} that {resumed} is not the state of: {elsewhere}")
-        changed = [
-            f"{name} {checkpoint.options.get(name)}, now {value}"
-            for name, value in self.options.items()
-            if name in checkpoint.options.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED}
-            and checkpoint.options[name] != value
-        ]
-        if changed:
+        if changed := self._changed(checkpoint.options):
             raise InputError(f"{what} of other options ({'; '.join(changed)}): {elsewhere}")
+
+    def is_finished(self) -> bool:
+        """Whether a run with the same learning has left its summary here."""
+        config = _config_in(self.summary)
+        return config is not None and not self._changed(config)
+
+    def is_planned(self) -> bool:
+        """Whether the plan of a run with the same options is here."""
+        return _config_in(self.plan) == self.options
+
+    def _changed(self, earlier: dict[str, object]) -> list[str]:
+        """The options of the learning that differ from an earlier run's, in words."""
+        return [
+            f"{name} {earlier.get(name)}, now {value}"
+            for name, value in self.options.items()
+            if name in earlier.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED}
+            and earlier[name] != value
+        ]
 
     def open(self, epochs_done: int) -> None:
         """Make the folder; of a run that goes on, keep the metrics of the epochs done.
@@ -100,7 +119,36 @@ class RunFolder:
             for tag, scalar in scalars.items():
                 if scalar is not None:
                     self.events.add_scalar(tag, scalar, metrics["epoch"])
+        errors = {"test": metrics["test_errors"], "train": metrics["train_errors"]}
+        if len(errors["test"]) > 1 and None not in errors["test"]:
+            modules = range(len(errors["test"]))
+            lines = [figures.Line("test", modules, errors["test"]),
+                     figures.Line("train", modules, errors["train"], dashed=True)]  # fmt: skip
+            drawn = figures.error_by_depth({"": lines}, f"epoch {metrics['epoch']}")
+            self.events.add_figure("error_by_depth", drawn, metrics["epoch"])
         self.events.flush()
+
+    def add_reconstructions(self, rows: dict[str, Tensor], epoch: int) -> None:
+        """Rows of images (N, 3, H, W) in [0, 1] by their label, to TensorBoard."""
+        title = f"epoch {epoch}: what the decoder at each cut makes of its features"
+        self.events.add_figure("reconstructions", figures.image_rows(rows, title), epoch)
+
+    def add_hparams(self, summary: dict) -> None:
+        """Options and how it ended to TensorBoard's HParams tab."""
+        options = {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in self.options.items()
+            if name not in NOT_OF_THE_LEARNING
+        }
+        results = {
+            "final/error_last": summary["error_last"],
+            "final/error_best": summary["error_best"],
+            "final/peak_memory_MiB": summary["peak_memory_bytes"] / MIB,
+        }
+        for entry in hparams(options, results):
+            self.events.file_writer.add_summary(entry)
+        for name, value in results.items():
+            self.events.add_scalar(name, value, summary["epochs"])
 
     def best_error(self) -> float:
         """Lowest test error of the epochs so far in percent; infinite before the first."""
@@ -109,8 +157,7 @@ class RunFolder:
     def add_summary(
         self, peak_memory_how: str, device: str, parameters: dict[str, int], data_bytes: int
     ) -> dict:
-        """Close the events; write and return summary.json; errors in percent, memory in bytes."""
-        self.events.close()
+        """Write and return summary.json, close the events; errors in percent, memory in bytes."""
         metrics = self.read_metrics()
         summary = {
             "error_last": metrics[-1]["test_error"],
@@ -133,15 +180,28 @@ class RunFolder:
                 "numpy": np.__version__,
             },
         }
+        self.add_hparams(summary)
+        self.events.close()
         write_json(self.summary, summary)
         return summary
+
+    def add_plan(self, plan: dict) -> None:
+        """Write plan.json: what `--dry_run --json` prints, and the options it is of.
+
+        Raises InputError if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.plan, plan | {"config": self.options})
+        except OSError as error:
+            raise InputError(f"cannot write {self.plan}: {one_line(error)}") from error
 
 
 def run_folder(options: argparse.Namespace) -> Path:
     """--output_dir, else the folder that a resumed run has, else one named by the options."""
     if options.output_dir:
         return Path(options.output_dir)
-    if options.resume:
+    if options.resume not in (None, "auto"):
         kept_in = Path(options.resume).parent
         for folder in (kept_in, *kept_in.parents):
             checkpoints = folder / options.checkpoint
@@ -152,34 +212,53 @@ def run_folder(options: argparse.Namespace) -> Path:
 
 def run_name(options: argparse.Namespace) -> str:
     """Name of a run folder: data, net, method, each option that is not the usual one, index."""
-    always = ["dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode"]
-    usual = build_parser().parse_args([])
-    for deciding in ("dataset", "epochs", "cos_lr"):  # they decide the defaults of others
-        setattr(usual, deciding, getattr(options, deciding))
-    usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
-
-    parts = [
-        options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
-        options.context_mode, options.local_loss_mode,
-    ]  # fmt: skip
-    said = {*always, *NOT_OF_THE_LEARNING}
+    said = {
+        "dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode",
+        *NOT_OF_THE_LEARNING,
+    }  # fmt: skip
     if options.balanced_memory:
         said.add("partition")
     if options.partition == "auto" or options.memory_budget or not options.cuts:
         said.add("cuts")  # which were chosen, not typed
-    for option, value in vars(options).items():
+    parts = [
+        options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
+        options.context_mode, options.local_loss_mode, *unusual_options(vars(options), said),
+    ]  # fmt: skip
+    return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
+
+
+def unusual_options(options: dict[str, object], but: Collection[str]) -> list[str]:
+    """`name-value` of each option that is not as published (`name` where it is on), `but` some.
+
+    Where the paper has no value, the default is meant.
+    """
+    usual = build_parser().parse_args([])
+    for deciding in ("dataset", "epochs", "cos_lr"):  # they decide the defaults of others
+        setattr(usual, deciding, options.get(deciding, getattr(usual, deciding)))
+    usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
+    parts = []
+    for option, value in options.items():
         if option == "cuts" and value:
             value = f"{zlib.crc32(str(value).encode()):08x}"  # the cuts themselves are too long
-        if option not in said and value != usual[option]:
+        if option not in but and value != usual.get(option):
             values = value if isinstance(value, list) else [value]
             parts.append("-".join([option, *map(str, values)]) if value is not True else option)
-    return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
+    return parts
 
 
 def write_json(path: Path, contents: dict) -> None:
     """Write a JSON file; an earlier one of that name stays until the new one is complete."""
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _config_in(path: Path) -> dict | None:
+    """The options that a summary.json or plan.json is of; None if it is not one."""
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _holds(path: Path) -> bool:

@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, check_image_size, count_classes, epoch_seed, load_dataset
-from engine import Totals, evaluate, learning_rate, make_optimizers, train_one_epoch
+from engine import (
+    Totals,
+    evaluate,
+    learning_rate,
+    make_optimizers,
+    reconstructions,
+    train_one_epoch,
+)
 from memory import GIB, PeakMemory, readable
 from models import ContSupNetwork, build_network
 from models.checkpoint import (
@@ -128,11 +135,25 @@ def print_summary(summary: dict, folder: Path) -> None:
 def run(argv: list[str]) -> None:
     """Train, or evaluate a checkpoint, as the options say; InputError where they can't be met."""
     options, checkpoint = read_options(argv)
+    if options.resume == "auto" and not options.dry_run:
+        folder = RunFolder(run_folder(options), options)
+        if folder.is_finished():
+            print(
+                f"{folder.path} is finished: {options.epochs} of {options.epochs} epochs are done"
+            )
+            return
+        if folder.checkpoint.exists():
+            options, checkpoint = read_options([*argv, "--resume", str(folder.checkpoint)])
+    if options.save_plan and RunFolder(run_folder(options), options).is_planned():
+        print(f"{run_folder(options)} has its plan.json")
+        return
     device = None if options.dry_run else choose_device(options.device)
     arguments, predicted_peak = network_arguments(options)
     compile_time = CompileTime() if options.compile else None
     if options.dry_run:
         plan = make_plan(arguments, options.batch_size)
+        if options.save_plan:
+            RunFolder(run_folder(options), options).add_plan(plan.as_json())
         if options.json:
             print(json.dumps(plan.as_json()))
         else:
@@ -306,6 +327,7 @@ def train(
     data_bytes = train_batches.device_bytes + test_batches.device_bytes
     peak = PeakMemory(train_batches.device, compiled=options.compile, apart=data_bytes)
     folder.open(epochs_done)
+    shown = test_batches.spread(8)
 
     for epoch in range(epochs_done + 1, options.epochs + 1):
         torch.manual_seed(epoch_seed(options.seed, epoch, stream=1))
@@ -340,6 +362,8 @@ def train(
         }
         is_best = test_errors[-1] < folder.best_error()
         folder.add_epoch(metrics)
+        if rows := reconstructions(network, shown):
+            folder.add_reconstructions(rows, epoch)
         print_epoch(metrics, options.epochs)
         state = Checkpoint(
             epoch=epoch,

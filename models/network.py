@@ -210,6 +210,11 @@ class ContSupNetwork(nn.Module):
         with self.autocast(h_out.device):
             return wide(module.head(h_out))
 
+    def reconstruction(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
+        """What a module's decoder makes of h_out (N, C, S, S): images (N, 3, *size) in [0, 1]."""
+        with self.autocast(h_out.device):
+            return wide(module.decoder(h_out, size)).sigmoid()
+
     def local_steps(
         self,
         images: Tensor,

@@ -1,0 +1,237 @@
+"""What runs have left, read back: summaries and plans, and their statistics over seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs import DATASETS, Cut, InputError, choose_cuts, one_line
+from options import NOT_OF_THE_LEARNING
+from run_folder import unusual_options
+
+LOSSES = {"cross_entropy": "softmax", "contrast": "contrast"}
+"""The paper's names of the local losses."""
+
+END_TO_END = "end to end"
+
+
+class Method(NamedTuple):
+    """What the paper's tables and figures vary."""
+
+    dataset: str
+    layers: int
+    K: int
+    mode: str
+    loss: str
+    decoders: bool
+    cuts: tuple[Cut, ...]
+
+    @property
+    def label(self) -> str:
+        """All of it but data, net and K, in words."""
+        if self.K == 1:
+            return END_TO_END
+        return ", ".join([self.mode, self.kind])
+
+    @property
+    def kind(self) -> str:
+        """Loss, decoders and unusual cuts in words; for K = 1 nothing of it matters."""
+        if self.K == 1:
+            return END_TO_END
+        words = [LOSSES[self.loss] + (" with decoders" if self.decoders else "")]
+        if self.cuts != tuple(choose_cuts(self.layers, self.K, self.dataset)):
+            try:
+                balanced = tuple(choose_cuts(self.layers, self.K, self.dataset, True))
+            except InputError:
+                balanced = None
+            words.append(
+                "balanced cuts"
+                if self.cuts == balanced
+                else "cuts " + " ".join(str(list(cut)) for cut in self.cuts)
+            )
+        return ", ".join(words)
+
+    @property
+    def order(self) -> tuple:
+        """Sorts by K, then kind, then as the paper's tables do: R0, E, R1, R1E, R2, ..."""
+        own_cuts = self.cuts != tuple(choose_cuts(self.layers, self.K, self.dataset))
+        n = int("0" + self.mode.strip("RE"))
+        recency = 2 * n + self.mode.endswith("E")
+        return self.K, self.loss == "contrast", self.decoders, own_cuts, self.cuts, recency
+
+
+METHOD_OPTIONS = (
+    "dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode",
+    "h_reconstruct", "balanced_memory", "partition", "memory_budget", "cuts", "seed",
+)  # fmt: skip
+"""Options that a Method, or the seed, stands for."""
+
+
+class Setting(NamedTuple):
+    """What runs must share to stand in one table: data, and the options that the paper fixes.
+
+    `options` are those that are not as published, as they stand in a run folder's name.
+    """
+
+    dataset: str
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        options = ", ".join(part.replace("-", " ", 1) for part in self.options)
+        return f"{self.dataset}, {options or 'published options'}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A summary.json or plan.json: errors in percent, None for a plan; memory in bytes."""
+
+    folder: Path
+    method: Method
+    setting: Setting
+    seed: int
+    config: dict[str, Any]
+    error_last: float | None
+    error_best: float | None
+    peak: float
+    how: str
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether nothing has been trained."""
+        return self.error_last is None
+
+    def metrics(self) -> list[dict]:
+        """metrics.jsonl, a dict an epoch; empty where there is none that can be read."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return []
+
+
+def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """Every summary.json and plan.json below `roots`, and notes on what could not be used.
+
+    Of two runs with one method, setting and seed the first by name counts.
+
+    Raises InputError if a root is no folder.
+    """
+    records: dict[tuple, Record] = {}
+    notes = []
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(f"there is no folder {root}")
+        for path in sorted([*root.rglob("summary.json"), *root.rglob("plan.json")]):
+            try:
+                record = read_record(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                notes.append(f"{path} is left out: {type(error).__name__}: {one_line(error)}")
+                continue
+            key = (record.method, record.setting, record.seed, record.is_plan)
+            first = records.setdefault(key, record)
+            if first is not record and not first.folder.samefile(record.folder):
+                notes.append(f"{path} is left out: {first.folder} is the same run")
+        for path in sorted(root.rglob("metrics.jsonl")):
+            if not path.with_name("summary.json").exists():
+                epochs = len(path.read_text().splitlines())
+                notes.append(f"{path.parent} is not finished (epochs done: {epochs})")
+    return list(records.values()), notes
+
+
+def read_record(path: Path) -> Record:
+    """A summary.json or plan.json.
+
+    Raises OSError, ValueError, KeyError, TypeError or AttributeError if it is not one.
+    """
+    contents = json.loads(path.read_text())
+    config = contents["config"]
+    dataset, K = config["dataset"], config["local_module_num"]
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}")
+    cuts = config.get("cuts") or choose_cuts(
+        config["layers"], K, dataset, config.get("balanced_memory", False)
+    )
+    method = Method(
+        dataset, config["layers"], K, config["context_mode"], config["local_loss_mode"],
+        config.get("h_reconstruct", False), tuple(tuple(cut) for cut in cuts),
+    )  # fmt: skip
+    if K == 1:
+        method = method._replace(mode="R0", loss="cross_entropy", decoders=False)
+    method.order, method.label  # noqa: B018  # an unknown mode or loss shows here
+    options = unusual_options(config, {*METHOD_OPTIONS, *NOT_OF_THE_LEARNING})
+    trained = path.name == "summary.json"
+    how = contents["peak_memory_how"] if trained else "planned, by train.py --dry_run"
+    return Record(
+        folder=path.parent,
+        method=method,
+        setting=Setting(dataset, tuple(options)),
+        seed=config["seed"],
+        config=config,
+        error_last=_number(contents["error_last"]) if trained else None,
+        error_best=_number(contents["error_best"]) if trained else None,
+        peak=_number(contents["peak_memory_bytes" if trained else "peak_bytes"]),
+        how=str(how),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+
+
+class Statistic(NamedTuple):
+    """Mean and sample standard deviation of n runs; of one run the latter is None."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.mean:.2f}{spread} (n={self.n})"
+
+
+def statistic(values: list[float]) -> Statistic | None:
+    """Of at least one value; None of none."""
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Statistic(statistics.fmean(values), std, len(values))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one setting, over its seeds.
+
+    Attributes:
+        error_last, error_best: percent; None where no run is finished.
+        peak: bytes, the most of all seeds; measured where a run is finished, else planned.
+        how: how it was got.
+    """
+
+    error_last: Statistic | None
+    error_best: Statistic | None
+    peak: float | None
+    how: str
+
+
+def make_cell(records: list[Record]) -> Cell | None:
+    """The cell of records that differ in their seed only; None of no records."""
+    if not records:
+        return None
+    trained = [r for r in records if not r.is_plan]
+    counted = trained or records
+    return Cell(
+        error_last=statistic([r.error_last for r in trained]),
+        error_best=statistic([r.error_best for r in trained]),
+        peak=max(r.peak for r in counted),
+        how="; ".join(sorted({r.how for r in counted})),
+    )
