@@ -138,9 +138,7 @@ def run(argv: list[str]) -> None:
     if options.resume == "auto" and not options.dry_run:
         folder = RunFolder(run_folder(options), options)
         if folder.is_finished():
-            print(
-                f"{folder.path} is finished: {options.epochs} of {options.epochs} epochs are done"
-            )
+            print(f"{folder.path} is finished: all {options.epochs} epochs are done")
             return
         if folder.checkpoint.exists():
             options, checkpoint = read_options([*argv, "--resume", str(folder.checkpoint)])

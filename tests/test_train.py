@@ -13,14 +13,16 @@ from cli import few_test_images, main
 from golden import fill
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import engine
+import figures
 import models
 import train
 from models.checkpoint import read_checkpoint
 from models.official import official_names
 from options import build_parser, read_options
-from run_folder import run_name
+from run_folder import RunFolder, run_name
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -513,7 +515,8 @@ def test_published_options():
         160,
         10,
     )
-    assert options.no_augment and options.balanced_memory and options.h_reconstruct
+    assert options.no_augment and options.h_reconstruct
+    assert not options.balanced_memory  # at K=16 these cuts are the equal ones
     assert options.print_freq == 7
 
 
@@ -719,3 +722,174 @@ def test_bad_options_in_a_checkpoint_are_refused(monkeypatch, capsys):
     status, _, err = main(monkeypatch, capsys, "--evaluate", "own.pt")
     assert (status, len(err)) == (2, 1)
     assert "'many' is not a whole number" in err[0]
+
+
+# What TensorBoard shows
+
+
+def events_of(folder):
+    everything = {"images": 0, "tensors": 0, "scalars": 0}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+
+def test_error_by_depth_is_drawn_every_epoch(monkeypatch, capsys):
+    drawn = []
+    draw = figures.error_by_depth
+    monkeypatch.setattr(figures, "error_by_depth", lambda *a: drawn.append(a) or draw(*a))
+    assert main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--output_dir", "run")[0] == 0
+    assert [event.step for event in events_of("run").Images("error_by_depth")] == [1, 2, 3]
+    for metrics, (lines, title) in zip(metrics_of("run"), drawn, strict=True):
+        assert title == f"epoch {metrics['epoch']}"
+        test, train_ = lines[""]
+        assert (list(test.x), test.y) == ([0, 1], metrics["test_errors"])
+        assert (train_.dashed, train_.y) == (True, metrics["train_errors"])
+
+
+@pytest.mark.parametrize("method", [["--local_loss_mode", "contrast"], ["--local_module_num", "1"]])
+def test_without_softmax_heads_there_is_no_error_by_depth(monkeypatch, capsys, method):
+    assert main(monkeypatch, capsys, *TINY, *method, "--output_dir", "run")[0] == 0
+    assert events_of("run").Tags()["images"] == []
+
+
+def test_reconstructions_of_eight_images_at_each_cut(monkeypatch, capsys):
+    shown = []
+    add = RunFolder.add_reconstructions
+    monkeypatch.setattr(RunFolder, "add_reconstructions", lambda *a: shown.append(a[1]) or add(*a))
+    method = ["--context_mode", "R1E", "--layers", "8", "--local_module_num", "4"]
+    decoders = ["--h_reconstruct", "--loss_scale", "5", "0.1", "1", "1"]
+    assert main(monkeypatch, capsys, *TINY, *method, *decoders, "--output_dir", "run")[0] == 0
+    assert [event.step for event in events_of("run").Images("reconstructions")] == [1, 2, 3]
+    labels = ["image", "cut [0, 0]", "cut [1, 0]", "cut [2, 0]"]
+    assert [list(rows) for rows in shown] == [labels] * 3
+    test = train.load_dataset("digits", "data", 32).test.images
+    eight = test[[int(39 * i / 7) for i in range(8)]]  # of 40
+    for rows in shown:
+        assert torch.allclose(rows["image"], eight / 255, atol=1e-6)
+
+    # What a checkpoint's decoders make of them, written out for this mode.
+    state = read_checkpoint("run/checkpoint.pt").state_dict
+    network = models.build_network(
+        layers=8, local_module_num=4, context_mode="R1E", dataset="digits", h_reconstruct=True,
+        loss_scale=(5, 0.1, 1, 1),
+    ).eval()  # fmt: skip
+    network.load_state_dict(state)
+    with torch.no_grad():
+        for (module, h_out), label in zip(
+            network.features(eight.float() / 127.5 - 1), labels[1:], strict=False
+        ):
+            resized = torch.nn.functional.interpolate(
+                h_out, (32, 32), mode="bilinear", align_corners=True
+            )
+            for layer in module.decoder:
+                resized = layer(resized)
+            expected = 1 / (1 + torch.exp(-resized))
+            assert torch.allclose(shown[-1][label], expected, atol=1e-5)
+
+
+def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
+    assert main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--output_dir", "run")[0] == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    events = events_of("run")
+    for name in ("error_last", "error_best"):
+        (scalar,) = events.Scalars(f"final/{name}")
+        assert scalar.value == pytest.approx(summary[name])
+    (memory,) = events.Scalars("final/peak_memory_MiB")
+    assert memory.value == pytest.approx(summary["peak_memory_bytes"] / 2**20)
+    data = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    chosen = HParamsPluginData.FromString(data).session_start_info.hparams
+    assert chosen["context_mode"].string_value == "E"
+    assert chosen["local_module_num"].number_value == 2
+    assert chosen["h_reconstruct"].bool_value is False
+    assert "data_dir" not in chosen
+
+
+# --resume auto
+
+
+def test_auto_starts_continues_and_ends(monkeypatch, capsys):
+    method = [*TINY, "--context_mode", "E", "--resume", "auto"]
+    assert main(monkeypatch, capsys, *method, "--output_dir", "whole")[0] == 0
+
+    save = train.save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "checkpoint.pt" and state.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    assert main(monkeypatch, capsys, *method)[0] == 130
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    status, out, err = main(monkeypatch, capsys, *method)
+    assert (status, err) == (0, [])
+    assert not any(line.startswith("epoch   2") for line in out)
+    (folder,) = Path("runs").iterdir()
+    assert [m["epoch"] for m in metrics_of(folder)] == [1, 2, 3]
+    assert_same_state(folder / "checkpoint.pt", "whole/checkpoint.pt")
+
+    for file in ("checkpoint.pt", "model_best.pt"):  # a finished run may have lost them
+        (folder / file).unlink()
+        status, out, err = main(monkeypatch, capsys, *method)
+        assert (status, out, err) == (0, [f"{folder} is finished: all 3 epochs are done"], [])
+
+
+def test_auto_starts_afresh_before_the_first_checkpoint(monkeypatch, capsys):
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"epoch": 1, "test_error": 0.0}\n')
+    method = [*TINY, "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *method)[0] == 2
+    assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 0
+    assert [m["epoch"] for m in metrics_of("run")] == [1, 2, 3]
+
+
+def test_auto_overwrites_no_other_run(monkeypatch, capsys):
+    method = [*TINY, "--output_dir", "run", "--resume", "auto"]
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    before = Path("run/checkpoint.pt").read_bytes()
+    status, _, err = main(monkeypatch, capsys, *method, "--lr", "0.2")
+    assert (status, len(err)) == (2, 1)
+    assert "other options" in err[0]
+    assert Path("run/checkpoint.pt").read_bytes() == before
+    budget = ["--memory_budget", "1", "--resume", "auto"]
+    status, _, err = main(monkeypatch, capsys, *budget)
+    assert (status, len(err)) == (2, 1)
+    assert "needs an --output_dir" in err[0]
+
+
+# Plans that are kept
+
+
+def test_a_plan_is_kept_but_once(monkeypatch, capsys):
+    method = ["--layers", "8", "--local_module_num", "2", "--context_mode", "E"]
+    plan = [*method, "--dry_run", "--save_plan"]
+    status, out, _ = main(monkeypatch, capsys, *plan, "--json")
+    assert status == 0
+    (folder,) = Path("runs").iterdir()
+    kept = json.loads((folder / "plan.json").read_text())
+    assert kept.pop("config")["context_mode"] == "E"
+    assert kept == json.loads("".join(out))
+    before = (folder / "plan.json").stat().st_mtime_ns
+    status, out, _ = main(monkeypatch, capsys, *plan)
+    assert (status, out) == (0, [f"{folder} has its plan.json"])
+    assert (folder / "plan.json").stat().st_mtime_ns == before
+    status, _, err = main(monkeypatch, capsys, *method, "--save_plan")
+    assert (status, len(err)) == (2, 1)
+    assert "give --dry_run as well" in err[0]
+
+
+def test_a_folder_with_a_plan_can_be_trained_into(monkeypatch, capsys):
+    for how in (["--dry_run", "--save_plan"], []):
+        assert main(monkeypatch, capsys, *TINY, *how, "--output_dir", "run")[0] == 0
+    assert {"plan.json", "summary.json"} <= {path.name for path in Path("run").iterdir()}
+
+
+# Balanced cuts that are the equal ones
+
+
+def test_balanced_cuts_that_are_equal_make_the_same_run():
+    equal = options_of(*PUBLISHED)
+    for how in (["--balanced_memory"], ["--partition", "balanced"]):
+        balanced = options_of(*PUBLISHED, *how)
+        assert vars(balanced) == vars(equal)
+    other = [*PUBLISHED, "--local_module_num", "8"]
+    assert run_name(options_of(*other, "--balanced_memory")) != run_name(options_of(*other))
