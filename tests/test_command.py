@@ -1,0 +1,182 @@
+"""command.sh: the paper's experiments as train.py calls, and how they are run."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import report
+from configs import choose_cuts
+from options import read_options
+from results import Method
+from run_folder import run_name
+
+ROOT = Path(report.__file__).parent
+EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
+
+PYTHON = """#!/bin/sh
+echo "$*" >> calls
+case "$*" in
+    *report.py*) exit 0 ;;
+    *"$FAILS"*) exit ${STATUS:-2} ;;
+esac
+"""
+"""An interpreter that notes what it is asked to run, and fails where FAILS says so."""
+
+
+def command(*arguments, cwd=ROOT, **environment):
+    plain = {k: v for k, v in os.environ.items() if k not in ("SEEDS", "EPOCHS", "DATASET")}
+    return subprocess.run(
+        ["./command.sh", *arguments],
+        cwd=cwd, env=plain | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def listed(*arguments, **environment):
+    """Options of each train.py call that is listed."""
+    done = command(*arguments, "--list", **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    calls = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(call[:2] == [".venv/bin/python", "train.py"] for call in calls)
+    return [read_options(call[2:])[0] for call in calls]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with command.sh and an interpreter that only notes its calls."""
+    for name in ("command.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def calls_in(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_experiment_is_the_grid_that_its_table_shows(name):
+    (table,) = (table for table in report.TABLES if table.name == name)
+    shown = set().union(*(table.methods(d) for d in table.datasets or ["cifar10"]))
+    if name == "table4":
+        shown = {method for method in shown if (method.K, method.mode) != (8, "R16")}
+    runs = listed(name)
+    methods = [
+        Method(
+            o.dataset, o.layers, o.local_module_num, o.context_mode, o.local_loss_mode,
+            o.h_reconstruct,
+            tuple(choose_cuts(o.layers, o.local_module_num, o.dataset, o.balanced_memory)),
+        )
+        for o in runs
+    ]  # fmt: skip
+    assert len(methods) == EXPERIMENTS[name]
+    assert len(set(methods)) == len(methods)
+    assert set(methods) == shown
+
+
+def test_the_published_options_are_the_usual_ones():
+    for options in listed("all"):
+        assert (options.epochs, options.cos_lr, options.droprate) == (160, True, 0.0)
+        head = (options.aux_net_config, options.aux_net_widen, options.aux_net_feature_dim)
+        assert head == ("1c2f", 1, 128)
+        expected = (128, 0.1) if options.dataset == "stl10" else (1024, 0.8)
+        assert (options.batch_size, options.lr) == expected
+        assert options.resume == "auto"
+
+
+def test_shared_runs_are_trained_once():
+    names = [run_name(options) for options in listed("all")]
+    separately = [run_name(o) for name in EXPERIMENTS for o in listed(name)]
+    assert len(separately) == sum(EXPERIMENTS.values()) == 108
+    # Tables 1 and 2 are in Figure 5, 6 runs of Table 4 too, and Figure 4's K=16 is Table 2's.
+    assert len(set(names)) == len(set(separately)) == 108 - 4 - 16 - 6 - 1
+    assert len(names) == len(set(names)) + 1  # --balanced_memory says otherwise; auto skips it
+
+
+def test_balance_where_the_paper_has_it():
+    assert all("--balanced_memory" in line for line in
+               command("figure4", "--list").stdout.splitlines())  # fmt: skip
+    assert not any(o.balanced_memory for name in ("table2", "figure5") for o in listed(name))
+
+
+def test_seeds_epochs_data_and_options_of_your_own():
+    runs = listed("table1", "--amp", "bf16", "--name", "a.b", SEEDS="0 3", EPOCHS="7",
+                  DATASET="svhn")  # fmt: skip
+    assert [o.seed for o in runs] == [0] * 4 + [3] * 4
+    assert {(o.epochs, o.dataset, o.amp, o.name) for o in runs} == {(7, "svhn", "bf16", "a.b")}
+    assert {o.dataset for o in listed("table3", DATASET="svhn")} == {"svhn"}
+
+
+def test_evidence():
+    runs = listed("evidence", "some where")
+    assert [(o.local_module_num, o.context_mode, o.seed) for o in runs] == [
+        (K, mode, seed)
+        for seed in (0, 1)
+        for K, mode in ((1, "R0"), (16, "R0"), (16, "R1"), (16, "E"), (16, "R1E"))
+    ]
+    schedule = {
+        (o.dataset, o.data_dir, o.layers, o.limit_per_class, o.epochs, o.batch_size, o.lr, o.amp)
+        for o in runs
+    }
+    assert schedule == {("folder", "some where", 32, 1000, 8, 128, 0.1, "bf16")}
+    missing = command("evidence")
+    assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
+
+
+def test_listing_runs_nothing(clone):
+    assert command("table1", "--list", cwd=clone).returncode == 0
+    done = command("list", cwd=clone)
+    assert done.returncode == 0
+    counts = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert counts == EXPERIMENTS | {"all": 82}
+    assert not (clone / "calls").exists()
+
+
+def test_one_failed_run_does_not_stop_the_rest(clone):
+    done = command("table1", "--batch_size", "64", cwd=clone, FAILS="--context_mode E ")
+    assert done.returncode == 1
+    *runs, last = calls_in(clone)
+    assert [run.split("--context_mode ")[1].split()[0] for run in runs] == ["R0", "E", "R1", "R1E"]
+    assert all("--batch_size 64" in run and run.endswith("--resume auto") for run in runs)
+    assert last == "report.py runs"
+    named = done.stderr.splitlines()
+    assert named[0] == "command.sh: 1 of 4 runs failed:"
+    assert len(named) == 2
+    assert "--context_mode E " in named[1]
+    assert command("table1", cwd=clone, FAILS="nothing").returncode == 0
+
+
+def test_ctrl_c_stops_the_rest(clone):
+    done = command("table1", cwd=clone, FAILS="--context_mode E ", STATUS="130")
+    assert done.returncode == 130
+    assert len(calls_in(clone)) == 2
+
+
+def test_a_dry_run_plans_each_once(clone):
+    assert command("table1", "--dry_run", cwd=clone, FAILS="-", SEEDS="4 5").returncode == 1
+    *runs, last = calls_in(clone)
+    assert [run.split(" --seed ")[1] for run in runs] == ["4 --dry_run --save_plan"] * 4
+    assert last == "report.py runs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["table9"], {}, "unknown target 'table9'"),
+        (["table1", "--seed", "3"], {}, "leave --seed out"),
+        (["all", "--output_dir=x"], {}, "leave --output_dir out"),
+        (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
+    ],
+)
+def test_bad_input(clone, arguments, environment, says):
+    done = command(*arguments, cwd=clone, **environment)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[0]
+    assert not (clone / "calls").exists()
