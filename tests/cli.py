@@ -1,15 +1,16 @@
-"""train.py as tests call it, within the process."""
+"""train.py and report.py as tests call them, within the process."""
 
 import sys
+from pathlib import Path
 
 import train
 
 
-def main(monkeypatch, capsys, *arguments):
-    """Exit status, output lines and error lines of train.py."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+def main(monkeypatch, capsys, *arguments, script=train):
+    """Exit status, output lines and error lines of train.py, or of another script."""
+    monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
     try:
-        status = train.main()
+        status = script.main()
     except SystemExit as error:
         status = error.code
     captured = capsys.readouterr()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import report
+import train
 from configs import choose_cuts
+from grids import TABLES
 from options import read_options
 from results import Method
 from run_folder import run_name
 
-ROOT = Path(report.__file__).parent
+ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
 
 PYTHON = """#!/bin/sh
@@ -63,7 +64,7 @@ def calls_in(folder):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_experiment_is_the_grid_that_its_table_shows(name):
-    (table,) = (table for table in report.TABLES if table.name == name)
+    (table,) = (table for table in TABLES if table.name == name)
     shown = set().union(*(table.methods(d) for d in table.datasets or ["cifar10"]))
     if name == "table4":
         shown = {method for method in shown if (method.K, method.mode) != (8, "R16")}

@@ -8,29 +8,24 @@ import csv
 import json
 import math
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import main
 from matplotlib.image import imread
 
 import report
+from grids import TABLES
+from report_figures import draw_figures
 from results import read_records
 
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "runs", HERE / "expected"
 
 
-def report_main(monkeypatch, capsys, *arguments):
-    """Exit status, output lines and error lines of report.py."""
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-    try:
-        status = report.main()
-    except SystemExit as error:
-        status = error.code
-    captured = capsys.readouterr()
-    return status, captured.out.splitlines(), captured.err.splitlines()
+report_main = partial(main, script=report)
 
 
 @pytest.fixture
@@ -90,7 +85,7 @@ def test_an_empty_grid_has_but_missing_cells(monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     status, _, _ = report_main(monkeypatch, capsys, tmp_path / "runs", "--output_dir", out)
     assert status == 0
-    for table in report.TABLES:
+    for table in TABLES:
         with (out / f"{table.name}.csv").open() as file:
             header, *rows = csv.reader(file)
         assert {cell for row in rows for cell in row[3:]} == {"-"}
@@ -102,7 +97,7 @@ def test_an_empty_grid_has_but_missing_cells(monkeypatch, capsys, tmp_path):
 
 def test_the_tables_have_the_cells_of_the_paper():
     counts = {}
-    for table in report.TABLES:
+    for table in TABLES:
         methods = [table.methods(dataset) for dataset in table.datasets or ("cifar10",)]
         counts[table.name] = sum(map(len, methods))
     # 7 runs in Figure 4; choose_cuts has no balanced cuts for the other cells. R16 at K=8 is one
@@ -164,7 +159,7 @@ def test_a_damaged_summary_is_left_out(tmp_path, damage):
 def drawn():
     """Name -> figure, of tests/runs."""
     records, notes = read_records([RUNS])
-    figures = dict(report.draw_figures(records, notes))
+    figures = dict(draw_figures(records, notes))
     assert len(notes) == 3  # as above: nothing about figures
     return figures
 
@@ -261,6 +256,6 @@ def test_heads_without_an_error_have_no_depth_figure(tmp_path):
     shutil.copytree(RUNS / "digits-E-seed0", tmp_path / "run")
     metrics = {"epoch": 1, "test_error": 4.0, "test_errors": [None, 4.0], "train_errors": [None, 3]}
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(metrics))
-    names = [name for name, _ in report.draw_figures(read_records([tmp_path])[0], [])]
+    names = [name for name, _ in draw_figures(read_records([tmp_path])[0], [])]
     assert any(name.startswith("learning_curves") for name in names)
     assert not any(name.startswith("error_by_depth") for name in names)
