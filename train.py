@@ -142,9 +142,11 @@ def run(argv: list[str]) -> None:
             return
         if folder.checkpoint.exists():
             options, checkpoint = read_options([*argv, "--resume", str(folder.checkpoint)])
-    if options.save_plan and RunFolder(run_folder(options), options).is_planned():
-        print(f"{run_folder(options)} has its plan.json")
-        return
+    if options.save_plan and not options.json:
+        folder = RunFolder(run_folder(options), options)
+        if folder.is_planned():
+            print(f"{folder.plan} is there already")
+            return
     device = None if options.dry_run else choose_device(options.device)
     arguments, predicted_peak = network_arguments(options)
     compile_time = CompileTime() if options.compile else None

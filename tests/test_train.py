@@ -870,8 +870,10 @@ def test_a_plan_is_kept_but_once(monkeypatch, capsys):
     assert kept == json.loads("".join(out))
     before = (folder / "plan.json").stat().st_mtime_ns
     status, out, _ = main(monkeypatch, capsys, *plan)
-    assert (status, out) == (0, [f"{folder} has its plan.json"])
+    assert (status, out) == (0, [f"{folder}/plan.json is there already"])
     assert (folder / "plan.json").stat().st_mtime_ns == before
+    again = json.loads("".join(main(monkeypatch, capsys, *plan, "--json")[1]))
+    assert again == kept
     status, _, err = main(monkeypatch, capsys, *method, "--save_plan")
     assert (status, len(err)) == (2, 1)
     assert "give --dry_run as well" in err[0]
