@@ -151,7 +151,7 @@ run() {
 # experiment NAME [option of train.py ...]: all its runs with all seeds, then the report.
 experiment() {
     local name=$1 list="" dry="" extra=() CALLS="" calls=() option call seed count=0 status
-    local failed=() seeds=${SEEDS:-0}
+    local failed=() seeds
     shift
     for option in "$@"; do
         case $option in
@@ -165,20 +165,19 @@ experiment() {
             *) extra+=("$option") ;;
         esac
     done
-    case "$seeds" in
-        *[!0-9\ ]*)
-            echo "command.sh: error: SEEDS='$seeds' are not whole numbers between spaces" >&2
-            exit 2
-            ;;
-    esac
+    read -ra seeds <<< "${SEEDS:-0}"
+    if [[ ! "${seeds[*]-}" =~ ^[0-9]+(\ [0-9]+)*$ ]]; then
+        echo "command.sh: error: SEEDS='$SEEDS' are not whole numbers between spaces" >&2
+        exit 2
+    fi
     if [ -n "$dry" ]; then
         extra+=(--dry_run --save_plan)
-        seeds=${seeds%% *} # memory is the same for every seed
+        seeds=("${seeds[0]}") # memory is the same for every seed
     else
         extra+=(--resume auto)
     fi
     "$name"
-    for seed in $seeds; do
+    for seed in "${seeds[@]}"; do
         while IFS= read -r call; do
             calls+=("train.py ${call}--seed $seed$(printf ' %q' "${extra[@]}")")
         done <<< "${CALLS%$'\n'}"

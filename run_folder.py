@@ -42,13 +42,14 @@ class RunFolder:
 
         Args:
             resumed, checkpoint: file and contents of what the run continues from, if it does. With
-                `auto`, epochs that ended before there was a checkpoint are not in the way.
+                `auto`, a first epoch that was cut off before its checkpoint is not in the way.
         """
         elsewhere = "choose another --output_dir, --name or --no"
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, so it can't be the run folder: {elsewhere}")
         kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
-        if not kept or (resumed == "auto" and kept == [self.metrics]):
+        cut_off = {self.summary, self.checkpoint}.isdisjoint(kept) and len(self.read_metrics()) < 2
+        if not kept or (resumed == "auto" and cut_off):
             return
         what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
         if not self.checkpoint.exists():

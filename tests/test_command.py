@@ -161,7 +161,7 @@ def test_ctrl_c_stops_the_rest(clone):
 
 
 def test_a_dry_run_plans_each_once(clone):
-    assert command("table1", "--dry_run", cwd=clone, FAILS="-", SEEDS="4 5").returncode == 1
+    assert command("table1", "--dry_run", cwd=clone, FAILS="-", SEEDS=" 4 5").returncode == 1
     *runs, last = calls_in(clone)
     assert [run.split(" --seed ")[1] for run in runs] == ["4 --dry_run --save_plan"] * 4
     assert last == "report.py runs"
@@ -174,6 +174,7 @@ def test_a_dry_run_plans_each_once(clone):
         (["table1", "--seed", "3"], {}, "leave --seed out"),
         (["all", "--output_dir=x"], {}, "leave --output_dir out"),
         (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
+        (["table1"], {"SEEDS": " "}, "SEEDS=' '"),
     ],
 )
 def test_bad_input(clone, arguments, environment, says):

@@ -838,8 +838,14 @@ def test_auto_starts_afresh_before_the_first_checkpoint(monkeypatch, capsys):
     Path("run/metrics.jsonl").write_text('{"epoch": 1, "test_error": 0.0}\n')
     method = [*TINY, "--output_dir", "run"]
     assert main(monkeypatch, capsys, *method)[0] == 2
+    Path("run/model_best.pt").write_text("written just before")
     assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 0
     assert [m["epoch"] for m in metrics_of("run")] == [1, 2, 3]
+    for file in ("summary.json", "checkpoint.pt"):
+        (Path("run") / file).unlink()
+    best = Path("run/model_best.pt").read_bytes()  # of more than a first epoch: not to be lost
+    assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 2
+    assert Path("run/model_best.pt").read_bytes() == best
 
 
 def test_auto_overwrites_no_other_run(monkeypatch, capsys):
