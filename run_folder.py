@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -22,6 +23,9 @@ from configs import InputError, one_line
 from memory import MIB
 from models.checkpoint import Checkpoint, replacing
 from options import MEMORY_AND_SPEED, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
+
+FIRST_HPARAMS = ("context_mode", "layers", "local_loss_mode", "local_module_num", "seed")
+"""TensorBoard shows five options unasked: these, not the first five of the alphabet."""
 
 
 class RunFolder:
@@ -146,7 +150,13 @@ class RunFolder:
             "final/error_best": summary["error_best"],
             "final/peak_memory_MiB": summary["peak_memory_bytes"] / MIB,
         }
-        for entry in hparams(options, results):
+        columns, start, end = hparams(options, results)
+        plugin_data = columns.value[0].metadata.plugin_data
+        described = HParamsPluginData.FromString(plugin_data.content)
+        for option in described.experiment.hparam_infos:
+            option.differs = option.name in FIRST_HPARAMS  # TensorBoard lists such ones first
+        plugin_data.content = described.SerializeToString()
+        for entry in (columns, start, end):
             self.events.file_writer.add_summary(entry)
         for name, value in results.items():
             self.events.add_scalar(name, value, summary["epochs"])

@@ -801,6 +801,12 @@ def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
     assert chosen["local_module_num"].number_value == 2
     assert chosen["h_reconstruct"].bool_value is False
     assert "data_dir" not in chosen
+    data = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    columns = HParamsPluginData.FromString(data).experiment.hparam_infos
+    first = sorted(columns, key=lambda column: (not column.differs, column.name))[:5]
+    assert [column.name for column in first] == [
+        "context_mode", "layers", "local_loss_mode", "local_module_num", "seed",
+    ]  # fmt: skip
 
 
 # --resume auto
