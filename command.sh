@@ -157,6 +157,10 @@ experiment() {
         case $option in
             --list) list=1 ;;
             --dry_run) dry=1 ;;
+            --list=* | --dry_run=*)
+                echo "command.sh: error: ${option%%=*} takes nothing here" >&2
+                exit 2
+                ;;
             --output_dir* | --resume* | --evaluate* | --seed*)
                 echo "command.sh: error: $name has many runs, so leave ${option%%=*} out" \
                     "(seeds: SEEDS=\"0 1 2\")" >&2
@@ -165,7 +169,7 @@ experiment() {
             *) extra+=("$option") ;;
         esac
     done
-    read -ra seeds <<< "${SEEDS:-0}"
+    read -r -d '' -a seeds <<< "${SEEDS:-0}" || true # which says that the text has ended
     if [[ ! "${seeds[*]-}" =~ ^[0-9]+(\ [0-9]+)*$ ]]; then
         echo "command.sh: error: SEEDS='$SEEDS' are not whole numbers between spaces" >&2
         exit 2
@@ -187,20 +191,41 @@ experiment() {
         return
     fi
     prepare
+    check "${calls[0]}"
     for call in "${calls[@]}"; do
         count=$((count + 1))
         echo "[$count/${#calls[@]}] $call"
         status=0
         eval ".venv/bin/python $call" || status=$?
-        [ $status -lt 128 ] || exit $status # Ctrl-C, or killed: the rest is not wanted either
-        [ $status -eq 0 ] || failed+=("status $status: $call")
+        case $status in
+            0) ;;
+            130 | 143) exit $status ;; # Ctrl-C or SIGTERM: the rest is not wanted either
+            *) failed+=("status $status: $call") ;;
+        esac
     done
-    .venv/bin/python report.py runs || failed+=("report.py runs")
+    status=0
+    .venv/bin/python report.py runs || status=1
     if [ ${#failed[@]} -gt 0 ]; then
+        status=1
         echo "command.sh: ${#failed[@]} of ${#calls[@]} runs failed:" >&2
         printf '  %s\n' "${failed[@]}" >&2
-        exit 1
     fi
+    exit $status
+}
+
+# Ends with status 2 and one line where the options of a call are wrong: so would be all calls'.
+check() {
+    eval "set -- $1"
+    .venv/bin/python -c '
+import sys
+from configs import InputError
+from options import read_options
+sys.argv.pop(0)
+try:
+    read_options(sys.argv[1:])
+except InputError as error:
+    sys.exit(f"train.py: error: {error}")
+' "$@" || exit 2
 }
 
 # A line for each experiment: its name, its number of runs a seed, and what its function says.
@@ -269,6 +294,10 @@ print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f}
                 ;;
         esac
         DATA_DIR=$2
+        if [[ ! " ${*:3} " == *" --list "* && ! -d $DATA_DIR/train ]]; then
+            echo "command.sh: error: there is no folder $DATA_DIR/train" >&2
+            exit 2
+        fi
         SEEDS=${SEEDS:-0 1}
         experiment evidence "${@:3}"
         ;;

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,20 @@ from run_folder import run_name
 ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
 
-PYTHON = """#!/bin/sh
+PYTHON = f"""#!/bin/sh
+if [ "$1" = -c ]; then # looks at the options only
+    [ -z "$CHECKS" ] || exec env PYTHONPATH={ROOT} {sys.executable} "$@"
+    exit
+fi
 echo "$*" >> calls
 case "$*" in
-    *report.py*) exit 0 ;;
-    *"$FAILS"*) exit ${STATUS:-2} ;;
+    *report.py*) exit ${{REPORT:-0}} ;;
+    *"$FAILS"*) exit ${{STATUS:-2}} ;;
 esac
 """
-"""An interpreter that notes what it is asked to run, and fails where FAILS says so."""
+"""An interpreter that notes what it is asked to run, and fails where FAILS says so.
+
+With CHECKS it does look at the options that command.sh has it look at."""
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -74,6 +81,7 @@ def test_each_experiment_is_the_grid_that_its_table_shows(name):
             o.dataset, o.layers, o.local_module_num, o.context_mode, o.local_loss_mode,
             o.h_reconstruct,
             tuple(choose_cuts(o.layers, o.local_module_num, o.dataset, o.balanced_memory)),
+            o.balanced_memory,
         )
         for o in runs
     ]  # fmt: skip
@@ -113,6 +121,7 @@ def test_seeds_epochs_data_and_options_of_your_own():
     assert [o.seed for o in runs] == [0] * 4 + [3] * 4
     assert {(o.epochs, o.dataset, o.amp, o.name) for o in runs} == {(7, "svhn", "bf16", "a.b")}
     assert {o.dataset for o in listed("table3", DATASET="svhn")} == {"svhn"}
+    assert [o.seed for o in listed("table1", SEEDS="0\n1")] == [0] * 4 + [1] * 4
 
 
 def test_evidence():
@@ -123,12 +132,14 @@ def test_evidence():
         for K, mode in ((1, "R0"), (16, "R0"), (16, "R1"), (16, "E"), (16, "R1E"))
     ]
     schedule = {
-        (o.dataset, o.data_dir, o.layers, o.limit_per_class, o.epochs, o.batch_size, o.lr, o.amp)
+        (o.dataset, o.data_dir, o.layers, o.limit_per_class, o.epochs, o.batch_size, o.lr, o.amp,
+         o.compile)
         for o in runs
-    }
-    assert schedule == {("folder", "some where", 32, 1000, 8, 128, 0.1, "bf16")}
-    missing = command("evidence")
-    assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
+    }  # fmt: skip
+    assert schedule == {("folder", "some where", 32, 1000, 8, 128, 0.1, "bf16", True)}
+    for arguments in ([], ["--list"], ["nowhere"]):
+        missing = command("evidence", *arguments)
+        assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
 
 
 def test_listing_runs_nothing(clone):
@@ -140,8 +151,10 @@ def test_listing_runs_nothing(clone):
     assert not (clone / "calls").exists()
 
 
-def test_one_failed_run_does_not_stop_the_rest(clone):
-    done = command("table1", "--batch_size", "64", cwd=clone, FAILS="--context_mode E ")
+@pytest.mark.parametrize("status", ["1", "2", "137", "139"])  # the last: killed, crashed
+def test_one_failed_run_does_not_stop_the_rest(clone, status):
+    fails = {"FAILS": "--context_mode E ", "STATUS": status}
+    done = command("table1", "--batch_size", "64", cwd=clone, **fails)
     assert done.returncode == 1
     *runs, last = calls_in(clone)
     assert [run.split("--context_mode ")[1].split()[0] for run in runs] == ["R0", "E", "R1", "R1E"]
@@ -151,13 +164,33 @@ def test_one_failed_run_does_not_stop_the_rest(clone):
     assert named[0] == "command.sh: 1 of 4 runs failed:"
     assert len(named) == 2
     assert "--context_mode E " in named[1]
+    assert named[1].startswith(f"  status {status}: ")
     assert command("table1", cwd=clone, FAILS="nothing").returncode == 0
+    done = command("table1", cwd=clone, FAILS="nothing", REPORT="2")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_ctrl_c_stops_the_rest(clone):
-    done = command("table1", cwd=clone, FAILS="--context_mode E ", STATUS="130")
-    assert done.returncode == 130
+@pytest.mark.parametrize("status", [130, 143])
+def test_ctrl_c_and_sigterm_stop_the_rest(clone, status):
+    done = command("table1", cwd=clone, FAILS="--context_mode E ", STATUS=str(status))
+    assert done.returncode == status
     assert len(calls_in(clone)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["table1", "--lsit"], {}, "unrecognized arguments: --lsit"),
+        (["all"], {"EPOCHS": "many"}, "--epochs: 'many'"),
+        (["table1", "--cuts", "1,0", "--balanced_memory"], {}, "--cuts are a partition"),
+    ],
+)
+def test_options_that_are_wrong_are_said_once(clone, arguments, environment, says):
+    done = command(*arguments, cwd=clone, CHECKS="1", **environment)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert says in done.stderr
+    assert not (clone / "calls").exists()
+    assert command("table1", cwd=clone, CHECKS="1", FAILS="nothing").returncode == 0
 
 
 def test_a_dry_run_plans_each_once(clone):
@@ -173,6 +206,9 @@ def test_a_dry_run_plans_each_once(clone):
         (["table9"], {}, "unknown target 'table9'"),
         (["table1", "--seed", "3"], {}, "leave --seed out"),
         (["all", "--output_dir=x"], {}, "leave --output_dir out"),
+        (["all", "--resume", "x"], {}, "leave --resume out"),
+        (["all", "--evaluate=x"], {}, "leave --evaluate out"),
+        (["all", "--dry_run=True"], {}, "--dry_run takes nothing here"),
         (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
         (["table1"], {"SEEDS": " "}, "SEEDS=' '"),
     ],
