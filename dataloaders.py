@@ -333,11 +333,14 @@ class Batches:
         return self._normalised(images), targets
 
     def spread(self, count: int) -> Tensor:
-        """Images (count, 3, S, S) from evenly all over the split, not augmented; at most all."""
+        """Images (count, 3, S, S) from evenly all over the split, not augmented; at most all.
+
+        On the CPU, so that they take nothing of the device's memory between two uses.
+        """
         size = len(self.split.images)
         rows = torch.linspace(0, size - 1, min(count, size)).long()
         images = self.split.images.index_select(0, rows.to(self.split.images.device))
-        return self._normalised(images.to(self.device))
+        return self._normalised(images.to(self.device)).cpu()
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Bytes (N, 3, S, S) on the device -> float32 in the memory format of the batches."""

@@ -14,7 +14,8 @@ from torchvision.utils import make_grid
 
 COLOURS = {"end to end": "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
            "R1E": "tab:red", "R2": "tab:green", "R4": "tab:purple", "R8": "tab:brown",
-           "R16": "tab:pink", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
+           "R16": "tab:pink", "R2E": "darkgreen", "R4E": "orchid", "R8E": "gold",
+           "R16E": "tab:cyan", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
 """By label, so that a line has its colour whatever else is there; others get `OTHERS`."""
 
 OTHERS = "tab:olive"

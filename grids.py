@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configs import InputError, choose_cuts
+from configs import InputError, balanced_cuts_are_equal, choose_cuts
 from results import Cell, Method, Record, Setting, make_cell
 
 
@@ -23,7 +23,10 @@ class Row(NamedTuple):
             cuts = choose_cuts(self.layers, K, dataset, balanced)
         except InputError:
             return None
-        return Method(dataset, self.layers, K, self.mode, self.loss, self.decoders, tuple(cuts))
+        balanced = balanced and not balanced_cuts_are_equal(self.layers, K, dataset)
+        return Method(
+            dataset, self.layers, K, self.mode, self.loss, self.decoders, tuple(cuts), balanced
+        )
 
 
 @dataclass(frozen=True)

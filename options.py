@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from configs import DATASETS, Cut, InputError, balanced_cuts_are_equal
 from losses import LOCAL_LOSSES
@@ -183,7 +184,7 @@ def build_parser() -> Parser:
     add("--dataset", choices=list(DATASETS), default="digits", help="folder: images of your own")
     add("--data_dir", type=path, default="data", metavar="DIR",
         help="where the data are or are downloaded to; of folder: holds train/<class>/* and "
-        "test/<class>/*")
+        "test/<class>/*, and its name is that of the data in run folders and reports")
     add("--image_size", type=whole(8, 1024), metavar="S",
         help="side that the images of folder are resized to (default: 32)")
     add("--limit_per_class", type=whole(1), metavar="N",
@@ -251,6 +252,14 @@ MEMORY_AND_SPEED = (
     "compile", "channels_last", "cudnn_benchmark", "data_on_device", "keep_heap",
 )  # fmt: skip
 """Options with the same learning but for memory and speed: a continuation may change them."""
+
+
+def data_name(options: dict[str, object]) -> str:
+    """The data set; images of one's own are known by the name of their folder."""
+    if options["dataset"] != "folder":
+        return str(options["dataset"])
+    folder = re.sub(r"[^\w.+-]", "-", Path(str(options.get("data_dir", ""))).name)
+    return "-".join(filter(None, ["folder", folder]))
 
 
 def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None]:

@@ -199,7 +199,8 @@ def main() -> int:
         type=Path,
         default="results",
         metavar="DIR",
-        help="where the tables and figures go; those of an earlier report are replaced",
+        help="where the tables and figures go; files of an earlier report with these names are "
+        "replaced",
     )
     options = parser.parse_args()
     try:

@@ -1,13 +1,14 @@
 """What the report's figures show: lines from runs, drawn by figures.py."""
 
+import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from matplotlib.figure import Figure
 
 import figures
-from configs import DATASETS, InputError, one_line
-from dataloaders import count_classes
+from configs import DATASETS, one_line
 from grids import PUBLISHED, TABLES, Grid, Group, fill_grids, group_records
 from memory import MIB
 from options import NETWORK_OPTIONS
@@ -39,14 +40,13 @@ def by_panel(
     if len(panels) > 1:
         panels.pop((1, END_TO_END), None)
     drawn = {}
-    for (K, kind), name in panels.items():
-        lines = [
-            line
-            for method, records in trained.items()
-            if method.K == 1 or (method.K, method.kind) == (K, kind)
-            for line in lines_of(method, records, K)
-        ]
-        if lines:
+    for place, name in panels.items():
+        lines, own = [], []
+        for method, records in trained.items():
+            if method.K == 1 or (method.K, method.kind) == place:
+                lines += (of_method := lines_of(method, records, place[0]))
+                own += of_method if (method.K, method.kind) == place else []
+        if own:
             drawn[name] = lines
     return drawn
 
@@ -118,15 +118,13 @@ def planned_lines(records: list[Record], nets: list[str]) -> list[tuple[str, flo
         records: of one setting.
         nets: which nets, as `ResNet-N`.
     Raises:
-        InputError: the number of classes is not known, since the images are not there.
+        KeyError, TypeError, ValueError: an option is missing, or no such net can be built.
     """
     lines = []
     for net in nets:
         config = next(r.config for r in records if f"ResNet-{r.method.layers}" == net)
         arguments = {name: config[name] for name in NETWORK_OPTIONS if name in config}
-        arguments["num_classes"] = DATASETS[config["dataset"]].classes or count_classes(
-            config["data_dir"]
-        )
+        arguments["num_classes"] = DATASETS[config["dataset"]].classes
         plain, checkpointed = end_to_end_peaks(arguments, config["batch_size"])
         lines.append((f"{net}, end to end, planned", plain / MIB))
         lines.append((f"{net}, end to end with --recompute, planned", checkpointed / MIB))
@@ -138,7 +136,8 @@ def file_name(name: str, setting: Setting, layers: int | None = None) -> str:
     parts = [name, *([f"resnet{layers}"] if layers else [])]
     if setting.dataset != PUBLISHED.dataset or layers:
         parts.append(setting.dataset)
-    return "_".join([*parts, *setting.options])[:200]
+    whole = re.sub(r"[^\w.+-]", "-", "_".join([*parts, *setting.options]))
+    return whole if len(whole) <= 200 else f"{whole[:190]}_{zlib.crc32(whole.encode()):08x}"
 
 
 def draw_figures(records: list[Record], notes: list[str]) -> Iterator[tuple[str, Figure]]:
@@ -151,7 +150,7 @@ def draw_figures(records: list[Record], notes: list[str]) -> Iterator[tuple[str,
             if table.name == "figure4" and (lines := figure4_lines(grid)):
                 try:
                     peaks = planned_lines(of_setting, [line.label for line in lines])
-                except (InputError, KeyError, TypeError) as error:
+                except (KeyError, TypeError, ValueError) as error:
                     notes.append(f"{name}: end-to-end peaks can't be planned: {one_line(error)}")
                     peaks = []
                 yield name, figures.error_by_memory(lines, peaks, title)

@@ -2,24 +2,40 @@
 
 import json
 import math
+import operator
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import DATASETS, Cut, InputError, choose_cuts, one_line
-from options import NOT_OF_THE_LEARNING
-from run_folder import unusual_options
+from configs import (
+    DATASETS,
+    Cut,
+    InputError,
+    balanced_cuts_are_equal,
+    check_cuts,
+    choose_cuts,
+    one_line,
+)
+from models.context import ContextMode
+from options import NOT_OF_THE_LEARNING, data_name
+from run_folder import read_metrics, unusual_options
 
 LOSSES = {"cross_entropy": "softmax", "contrast": "contrast"}
 """The paper's names of the local losses."""
 
 END_TO_END = "end to end"
 
+SPLITS = ("test", "train")
+
 
 class Method(NamedTuple):
-    """What the paper's tables and figures vary."""
+    """What the paper's tables and figures vary.
+
+    `balanced` are cuts by --balanced_memory that are not the equal ones: the same cuts typed would
+    train decoders with other loss scales.
+    """
 
     dataset: str
     layers: int
@@ -28,6 +44,7 @@ class Method(NamedTuple):
     loss: str
     decoders: bool
     cuts: tuple[Cut, ...]
+    balanced: bool = False
 
     @property
     def label(self) -> str:
@@ -42,25 +59,22 @@ class Method(NamedTuple):
         if self.K == 1:
             return END_TO_END
         words = [LOSSES[self.loss] + (" with decoders" if self.decoders else "")]
-        if self.cuts != tuple(choose_cuts(self.layers, self.K, self.dataset)):
-            try:
-                balanced = tuple(choose_cuts(self.layers, self.K, self.dataset, True))
-            except InputError:
-                balanced = None
-            words.append(
-                "balanced cuts"
-                if self.cuts == balanced
-                else "cuts " + " ".join(str(list(cut)) for cut in self.cuts)
-            )
+        if self.balanced:
+            words.append("balanced cuts")
+        elif self.own_cuts:
+            words.append("cuts " + " ".join(str(list(cut)) for cut in self.cuts))
         return ", ".join(words)
+
+    @property
+    def own_cuts(self) -> bool:
+        """Whether they are not the equal ones."""
+        return self.cuts != tuple(choose_cuts(self.layers, self.K, self.dataset))
 
     @property
     def order(self) -> tuple:
         """Sorts by K, then kind, then as the paper's tables do: R0, E, R1, R1E, R2, ..."""
-        own_cuts = self.cuts != tuple(choose_cuts(self.layers, self.K, self.dataset))
-        n = int("0" + self.mode.strip("RE"))
-        recency = 2 * n + self.mode.endswith("E")
-        return self.K, self.loss == "contrast", self.decoders, own_cuts, self.cuts, recency
+        kind = (self.loss == "contrast", self.decoders, self.own_cuts, self.balanced, self.cuts)
+        return self.K, *kind, ContextMode.parse(self.mode)
 
 
 METHOD_OPTIONS = (
@@ -104,12 +118,14 @@ class Record:
         return self.error_last is None
 
     def metrics(self) -> list[dict]:
-        """metrics.jsonl, a dict an epoch; empty where there is none that can be read."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            return [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            return []
+        """metrics.jsonl, a dict an epoch; without the lines that are not such."""
+        return [
+            metrics
+            for metrics in read_metrics(self.folder / "metrics.jsonl")
+            if isinstance(metrics.get("epoch"), int)
+            and _is_error(metrics.get("test_error"))
+            and all(_are_errors(metrics.get(f"{s}_errors"), self.method.K) for s in SPLITS)
+        ]
 
 
 def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
@@ -136,7 +152,7 @@ def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
                 notes.append(f"{path} is left out: {first.folder} is the same run")
         for path in sorted(root.rglob("metrics.jsonl")):
             if not path.with_name("summary.json").exists():
-                epochs = len(path.read_text().splitlines())
+                epochs = len(read_metrics(path))
                 notes.append(f"{path.parent} is not finished (epochs done: {epochs})")
     return list(records.values()), notes
 
@@ -148,18 +164,20 @@ def read_record(path: Path) -> Record:
     """
     contents = json.loads(path.read_text())
     config = contents["config"]
-    dataset, K = config["dataset"], config["local_module_num"]
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}")
-    cuts = config.get("cuts") or choose_cuts(
-        config["layers"], K, dataset, config.get("balanced_memory", False)
-    )
+    layers, K = config["layers"], config["local_module_num"]
+    if config["dataset"] not in DATASETS:
+        raise ValueError(f"unknown data set {config['dataset']!r}")
+    dataset = data_name(config)
+    balanced = bool(config.get("balanced_memory"))
+    cuts = config.get("cuts") or choose_cuts(layers, K, dataset, balanced)
+    check_cuts(cuts, layers, K)
     method = Method(
-        dataset, config["layers"], K, config["context_mode"], config["local_loss_mode"],
-        config.get("h_reconstruct", False), tuple(tuple(cut) for cut in cuts),
+        dataset, layers, K, config["context_mode"], config["local_loss_mode"],
+        bool(config.get("h_reconstruct")), tuple(tuple(cut) for cut in cuts),
+        balanced and not balanced_cuts_are_equal(layers, K, dataset),
     )  # fmt: skip
     if K == 1:
-        method = method._replace(mode="R0", loss="cross_entropy", decoders=False)
+        method = method._replace(mode="R0", loss="cross_entropy", decoders=False, balanced=False)
     method.order, method.label  # noqa: B018  # an unknown mode or loss shows here
     options = unusual_options(config, {*METHOD_OPTIONS, *NOT_OF_THE_LEARNING})
     trained = path.name == "summary.json"
@@ -168,10 +186,10 @@ def read_record(path: Path) -> Record:
         folder=path.parent,
         method=method,
         setting=Setting(dataset, tuple(options)),
-        seed=config["seed"],
+        seed=operator.index(config["seed"]),
         config=config,
-        error_last=_number(contents["error_last"]) if trained else None,
-        error_best=_number(contents["error_best"]) if trained else None,
+        error_last=_error(contents["error_last"]) if trained else None,
+        error_best=_error(contents["error_best"]) if trained else None,
         peak=_number(contents["peak_memory_bytes" if trained else "peak_bytes"]),
         how=str(how),
     )
@@ -181,6 +199,25 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no number")
     return value
+
+
+def _error(value: object) -> float:
+    if not _is_error(value):
+        raise ValueError(f"{value!r} is no error rate in percent")
+    return value
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+
+
+def _are_errors(values: object, K: int) -> bool:
+    """Whether there is one for each of K modules, or None for its head."""
+    return (
+        isinstance(values, list)
+        and len(values) == K
+        and all(value is None or _is_error(value) for value in values)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,10 +265,10 @@ def make_cell(records: list[Record]) -> Cell | None:
     if not records:
         return None
     trained = [r for r in records if not r.is_plan]
-    counted = trained or records
+    most = max(trained or records, key=lambda record: record.peak)
     return Cell(
         error_last=statistic([r.error_last for r in trained]),
         error_best=statistic([r.error_best for r in trained]),
-        peak=max(r.peak for r in counted),
-        how="; ".join(sorted({r.how for r in counted})),
+        peak=most.peak,
+        how=most.how,
     )

@@ -22,7 +22,14 @@ import figures
 from configs import InputError, one_line
 from memory import MIB
 from models.checkpoint import Checkpoint, replacing
-from options import MEMORY_AND_SPEED, NOT_OF_THE_LEARNING, NOT_OF_THE_RUN, build_parser, fill_in
+from options import (
+    MEMORY_AND_SPEED,
+    NOT_OF_THE_LEARNING,
+    NOT_OF_THE_RUN,
+    build_parser,
+    data_name,
+    fill_in,
+)
 
 FIRST_HPARAMS = ("context_mode", "layers", "local_loss_mode", "local_module_num", "seed")
 """TensorBoard shows five options unasked: these, not the first five of the alphabet."""
@@ -52,7 +59,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, so it can't be the run folder: {elsewhere}")
         kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
-        cut_off = {self.summary, self.checkpoint}.isdisjoint(kept) and len(self.read_metrics()) < 2
+        no_state = {self.summary, self.checkpoint}.isdisjoint(kept)
+        cut_off = no_state and len(read_metrics(self.metrics)) < 2
         if not kept or (resumed == "auto" and cut_off):
             return
         what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
@@ -74,15 +82,25 @@ class RunFolder:
 
     def is_planned(self) -> bool:
         """Whether the plan of a run with the same options is here."""
-        return _config_in(self.plan) == self.options
+        config = _config_in(self.plan)
+        return (
+            config is not None
+            and config.keys() == self.options.keys()
+            and not self._changed(config, but=())
+        )
 
-    def _changed(self, earlier: dict[str, object]) -> list[str]:
-        """The options of the learning that differ from an earlier run's, in words."""
+    def _changed(
+        self,
+        earlier: dict[str, object],
+        but: Collection[str] = (*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED),
+    ) -> list[str]:
+        """The options that differ from an earlier run's, `but` some, in words."""
+        before, now = _comparable(earlier), _comparable(self.options)
+        open_yet = {"cuts"} if now["partition"] == "auto" and now["cuts"] is None else set()
         return [
-            f"{name} {earlier.get(name)}, now {value}"
-            for name, value in self.options.items()
-            if name in earlier.keys() - {*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED}
-            and earlier[name] != value
+            f"{name} {before[name]}, now {value}"
+            for name, value in now.items()
+            if name in before.keys() - {*but, *open_yet} and before[name] != value
         ]
 
     def open(self, epochs_done: int) -> None:
@@ -90,25 +108,17 @@ class RunFolder:
 
         Raises InputError if it cannot be written.
         """
-        lines = [json.dumps(m) + "\n" for m in self.read_metrics() if m["epoch"] <= epochs_done]
+        kept = [m for m in read_metrics(self.metrics) if m["epoch"] <= epochs_done]
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.config, self.options)
             with replacing(self.metrics) as unfinished:
-                unfinished.write_text("".join(lines))
+                unfinished.write_text("".join(json.dumps(m) + "\n" for m in kept))
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.path}: {one_line(error)}"
             ) from error
         self.events = SummaryWriter(str(self.path), purge_step=epochs_done + 1)
-
-    def read_metrics(self) -> list[dict]:
-        """One dict an epoch; a line that was cut off is left out."""
-        metrics = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                metrics.append(json.loads(line))
-        return metrics
 
     def add_epoch(self, metrics: dict) -> None:
         """Append to metrics.jsonl and TensorBoard."""
@@ -134,7 +144,9 @@ class RunFolder:
         self.events.flush()
 
     def add_reconstructions(self, rows: dict[str, Tensor], epoch: int) -> None:
-        """Rows of images (N, 3, H, W) in [0, 1] by their label, to TensorBoard."""
+        """Rows of images (N, 3, H, W) in [0, 1] by their label, to TensorBoard; none: nothing."""
+        if not rows:
+            return
         title = f"epoch {epoch}: what the decoder at each cut makes of its features"
         self.events.add_figure("reconstructions", figures.image_rows(rows, title), epoch)
 
@@ -163,13 +175,13 @@ class RunFolder:
 
     def best_error(self) -> float:
         """Lowest test error of the epochs so far in percent; infinite before the first."""
-        return min((m["test_error"] for m in self.read_metrics()), default=math.inf)
+        return min((m["test_error"] for m in read_metrics(self.metrics)), default=math.inf)
 
     def add_summary(
         self, peak_memory_how: str, device: str, parameters: dict[str, int], data_bytes: int
     ) -> dict:
         """Write and return summary.json, close the events; errors in percent, memory in bytes."""
-        metrics = self.read_metrics()
+        metrics = read_metrics(self.metrics)
         summary = {
             "error_last": metrics[-1]["test_error"],
             "error_best": self.best_error(),
@@ -232,8 +244,9 @@ def run_name(options: argparse.Namespace) -> str:
     if options.partition == "auto" or options.memory_budget or not options.cuts:
         said.add("cuts")  # which were chosen, not typed
     parts = [
-        options.dataset, f"{options.model}{options.layers}", f"K{options.local_module_num}",
-        options.context_mode, options.local_loss_mode, *unusual_options(vars(options), said),
+        data_name(vars(options)), f"{options.model}{options.layers}",
+        f"K{options.local_module_num}", options.context_mode, options.local_loss_mode,
+        *unusual_options(vars(options), said),
     ]  # fmt: skip
     return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
 
@@ -257,6 +270,15 @@ def unusual_options(options: dict[str, object], but: Collection[str]) -> list[st
     return parts
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """What a metrics.jsonl has, one dict an epoch; a line that was cut off is left out."""
+    metrics = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            metrics.append(json.loads(line))
+    return [m for m in metrics if isinstance(m, dict)]
+
+
 def write_json(path: Path, contents: dict) -> None:
     """Write a JSON file; an earlier one of that name stays until the new one is complete."""
     with replacing(path) as unfinished:
@@ -270,6 +292,12 @@ def _config_in(path: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def _comparable(options: dict[str, object]) -> dict[str, object]:
+    """Options as JSON gives them back, the data set by its full name."""
+    named = {"dataset": data_name(options)} if "dataset" in options else {}
+    return json.loads(json.dumps(options | named))
 
 
 def _holds(path: Path) -> bool:

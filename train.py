@@ -40,7 +40,7 @@ from models.checkpoint import (
 from options import NETWORK_OPTIONS, read_options
 from partition import fewest_modules, smallest_peak
 from planner import make_plan, print_plan
-from run_folder import RunFolder, run_folder
+from run_folder import RunFolder, read_metrics, run_folder
 from speed import CompileTime, compile_errors, ready, set_switches
 
 # ---------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def run(argv: list[str]) -> None:
             if folder.summary.exists():
                 print(f"{folder.path} is finished: {done}")
                 return
-            if not folder.read_metrics():  # else all that is left to do is the summary
+            if not read_metrics(folder.metrics):  # else all that is left to do is the summary
                 raise InputError(
                     f"{done} in {options.resume}: give more --epochs, or --evaluate it"
                 )
@@ -362,8 +362,7 @@ def train(
         }
         is_best = test_errors[-1] < folder.best_error()
         folder.add_epoch(metrics)
-        if rows := reconstructions(network, shown):
-            folder.add_reconstructions(rows, epoch)
+        folder.add_reconstructions(reconstructions(network, shown.to(peak.device)), epoch)
         print_epoch(metrics, options.epochs)
         state = Checkpoint(
             epoch=epoch,

@@ -17,9 +17,10 @@ from cli import main
 from matplotlib.image import imread
 
 import report
-from grids import TABLES
-from report_figures import draw_figures
-from results import read_records
+from configs import choose_cuts
+from grids import TABLES, fill_grids
+from report_figures import draw_figures, file_name
+from results import Setting, read_records
 
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "runs", HERE / "expected"
@@ -140,6 +141,12 @@ def test_an_unwritable_folder_is_one_line(monkeypatch, capsys, tmp_path):
         lambda s: s["config"].update(local_loss_mode="hinge"),
         lambda s: s["config"].update(local_module_num=99),
         lambda s: s["config"].pop("seed"),
+        lambda s: s["config"].update(seed=None),
+        lambda s: s["config"].update(seed=[0]),
+        lambda s: s["config"].update(cuts=[[1, [2]]] * 15),
+        lambda s: s["config"].update(context_mode="ER1"),
+        lambda s: s.update(error_last=-5),
+        lambda s: s.update(error_best=True),
     ],
 )
 def test_a_damaged_summary_is_left_out(tmp_path, damage):
@@ -150,6 +157,90 @@ def test_a_damaged_summary_is_left_out(tmp_path, damage):
     assert records == []
     assert len(notes) == 1
     assert "is left out" in notes[0]
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"3", b'{"epoch": 1}', b'{"epoch": 3, "test_er'])
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path, line):
+    shutil.copytree(RUNS / "digits-E-seed0", tmp_path / "run")
+    shutil.copytree(RUNS / "unfinished", tmp_path / "unfinished")
+    for folder in ("run", "unfinished"):
+        with (tmp_path / folder / "metrics.jsonl").open("ab") as file:
+            file.write(line)
+    (record,), notes = read_records([tmp_path])
+    assert [m["test_error"] for m in record.metrics()] == [8.0, 4.0]
+    assert "is not finished (epochs done: 1)" in notes[0] or line == b'{"epoch": 1}'
+
+
+def a_run(folder, source="E-seed0", error=None, **config):
+    """A copy of a run with some options, and its error at the last epoch, changed."""
+    summary = json.loads((RUNS / source / "summary.json").read_text())
+    summary["config"].update(config)
+    if error is not None:
+        summary["error_last"] = error
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_images_of_ones_own_are_told_apart_by_their_folder(tmp_path):
+    for name, error in (("cats", 10.0), ("birds", 50.0)):
+        a_run(tmp_path / name, error=error, dataset="folder", data_dir=f"my/{name}")
+    records, notes = read_records([tmp_path])
+    assert notes == []
+    assert {r.setting.dataset: r.error_last for r in records} == {
+        "folder-cats": 10.0, "folder-birds": 50.0,
+    }  # fmt: skip
+
+
+def test_balanced_cuts_are_not_the_same_cuts_typed(tmp_path):
+    cuts = [list(cut) for cut in choose_cuts(32, 8, "cifar10", True)]
+    for seed, how in enumerate(
+        (dict(balanced_memory=True, cuts=None), dict(balanced_memory=False, cuts=cuts))
+    ):
+        a_run(tmp_path / str(seed), "E-K8-decoders", seed=seed, **how)
+    records, _ = read_records([tmp_path])
+    labels = ["E, softmax with decoders, balanced cuts", "E, softmax with decoders, cuts [1, 1]"]
+    assert [r.method.label[: len(s)] for r, s in zip(records, labels, strict=True)] == labels
+    assert records[0].method.cuts == records[1].method.cuts
+
+
+def test_end_to_end_runs_are_one_method_whatever_else_they_say(tmp_path):
+    for seed, mode in enumerate(("R0", "E")):
+        a_run(tmp_path / mode, local_module_num=1, context_mode=mode, seed=seed)
+    records, _ = read_records([tmp_path])
+    assert len(records) == 2
+    assert records[0].method == records[1].method
+
+
+def test_a_run_below_two_roots_is_read_once(tmp_path):
+    a_run(tmp_path / "run")
+    records, notes = read_records([tmp_path, tmp_path / "run"])
+    assert (len(records), notes) == (1, [])
+
+
+def test_published_settings_come_first(tmp_path):
+    for name, dataset in (("a", "cifar10"), ("b", "cifar100"), ("c", "cifar10")):
+        a_run(tmp_path / name, dataset=dataset, lr=0.1 if name == "a" else 0.8)
+    records, _ = read_records([tmp_path])
+    table = next(table for table in TABLES if table.name == "table1")
+    settings = [str(grid.setting) for grid in fill_grids(table, records)]
+    assert settings == [
+        "cifar10, published options", "cifar10, lr 0.1", "cifar100, published options",
+    ]  # fmt: skip
+
+
+def test_table3_shows_further_data_sets_too(tmp_path):
+    svhn = json.loads((RUNS / "svhn" / "summary.json").read_text())
+    a_run(tmp_path / "run", "svhn", dataset="cifar100")
+    records, _ = read_records([tmp_path])
+    (grid,) = fill_grids(next(table for table in TABLES if table.name == "table3"), records)
+    rows = {label: [cell.error_last.mean for cell in cells.values() if cell]
+            for label, cells in grid.rows}  # fmt: skip
+    assert rows.pop("cifar100, R1E, contrast") + rows.pop("cifar100, R1E, softmax") == [
+        svhn["error_last"]
+    ]
+    assert len(rows) == 6
+    assert not any(rows.values())
 
 
 # Figures
@@ -259,3 +350,23 @@ def test_heads_without_an_error_have_no_depth_figure(tmp_path):
     names = [name for name, _ in draw_figures(read_records([tmp_path])[0], [])]
     assert any(name.startswith("learning_curves") for name in names)
     assert not any(name.startswith("error_by_depth") for name in names)
+
+
+def test_a_depth_figure_of_the_end_to_end_net_alone_is_none(tmp_path):
+    shutil.copytree(RUNS / "digits-end-to-end", tmp_path / "whole")
+    shutil.copytree(RUNS / "digits-E-seed0", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["config"]["local_loss_mode"] = "contrast"
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    metrics = {"epoch": 1, "test_error": 4.0, "test_errors": [None, 4.0], "train_errors": [None, 3]}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(metrics))
+    drawn = dict(draw_figures(read_records([tmp_path])[0], []))
+    assert [name.split("_resnet")[0] for name in drawn if "resnet" in name] == ["learning_curves"]
+
+
+def test_names_of_figures_are_names_of_files_and_differ():
+    long = [Setting("digits", (*["an_option-of_the_run"] * 12, last)) for last in ("lr-1", "lr-2")]
+    names = {file_name("figure5", setting) for setting in long}
+    assert len(names) == 2
+    assert all(len(name) <= 200 for name in names)
+    assert "/" not in file_name("figure5", Setting("digits", ("aux_net_config-../../x",)))

@@ -345,14 +345,18 @@ def test_a_folder_is_no_checkpoint(monkeypatch, capsys):
     assert (status, len(err)) == (2, 1)
 
 
-def test_folder_run_is_evaluated_without_its_training_images(monkeypatch, capsys):
-    rng = np.random.default_rng(0)
+def make_images(folder, seed=0):
+    rng = np.random.default_rng(seed)
     for part in ("train", "test"):
         for name in ("ant", "bee"):
-            Path("images", part, name).mkdir(parents=True)
+            Path(folder, part, name).mkdir(parents=True)
             for i in range(3):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(Path("images", part, name, f"{i}.png"))
+                Image.fromarray(pixels).save(Path(folder, part, name, f"{i}.png"))
+
+
+def test_folder_run_is_evaluated_without_its_training_images(monkeypatch, capsys):
+    make_images("images")
     arguments = [*TINY, "--dataset", "folder", "--data_dir", "images", "--output_dir", "run"]
     assert main(monkeypatch, capsys, *arguments)[0] == 0
     assert json.loads(Path("run/summary.json").read_text())["device"] == "cpu"
@@ -809,6 +813,21 @@ def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
     ]  # fmt: skip
 
 
+def test_last_and_best_error_are_not_mixed_up():
+    folder = RunFolder(Path("run"), options_of(*PUBLISHED))
+    folder.open(0)
+    ended = {"error_last": 7.0, "error_best": 5.0, "peak_memory_bytes": 3 * 2**20, "epochs": 4}
+    folder.add_hparams(ended)
+    folder.events.close()
+    scalars = {tag: [(e.step, e.value) for e in events_of("run").Scalars(tag)]
+               for tag in events_of("run").Tags()["scalars"]}  # fmt: skip
+    assert scalars == {
+        "final/error_last": [(4, 7.0)],
+        "final/error_best": [(4, 5.0)],
+        "final/peak_memory_MiB": [(4, 3.0)],
+    }
+
+
 # --resume auto
 
 
@@ -832,6 +851,8 @@ def test_auto_starts_continues_and_ends(monkeypatch, capsys):
     (folder,) = Path("runs").iterdir()
     assert [m["epoch"] for m in metrics_of(folder)] == [1, 2, 3]
     assert_same_state(folder / "checkpoint.pt", "whole/checkpoint.pt")
+    assert [e.step for e in events_of(folder).Scalars("epoch/test_error")] == [1, 2, 3]
+    assert len(main(monkeypatch, capsys, *method, "--dry_run")[1]) > 1  # a plan all the same
 
     for file in ("checkpoint.pt", "model_best.pt"):  # a finished run may have lost them
         (folder / file).unlink()
@@ -849,6 +870,8 @@ def test_auto_starts_afresh_before_the_first_checkpoint(monkeypatch, capsys):
     assert [m["epoch"] for m in metrics_of("run")] == [1, 2, 3]
     for file in ("summary.json", "checkpoint.pt"):
         (Path("run") / file).unlink()
+    two = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    Path("run/metrics.jsonl").write_text("".join(two))
     best = Path("run/model_best.pt").read_bytes()  # of more than a first epoch: not to be lost
     assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 2
     assert Path("run/model_best.pt").read_bytes() == best
@@ -866,6 +889,37 @@ def test_auto_overwrites_no_other_run(monkeypatch, capsys):
     status, _, err = main(monkeypatch, capsys, *budget)
     assert (status, len(err)) == (2, 1)
     assert "needs an --output_dir" in err[0]
+
+
+def test_auto_tells_images_of_ones_own_apart(monkeypatch, capsys):
+    for seed, folder in enumerate(("one", "two")):
+        make_images(folder, seed)
+    Path("elsewhere").mkdir()
+    method = [*TINY, "--dataset", "folder", "--resume", "auto"]
+    for folder in ("one", "two"):
+        assert main(monkeypatch, capsys, *method, "--data_dir", folder)[0] == 0
+    names = sorted(path.name.split("_")[0] for path in Path("runs").iterdir())
+    assert names == ["folder-one", "folder-two"]
+    Path("one").rename("elsewhere/one")  # the same images in another place
+    status, out, _ = main(monkeypatch, capsys, *method, "--data_dir", "elsewhere/one/")
+    assert (status, len(out)) == (0, 1)
+    assert "is finished" in out[0]
+    same = [*method, "--output_dir", str(next(Path("runs").glob("folder-one*")))]
+    status, _, err = main(monkeypatch, capsys, *same, "--data_dir", "two")
+    assert (status, len(err)) == (2, 1)
+    assert "dataset folder-one, now folder-two" in err[0]
+
+
+@pytest.mark.parametrize("how", [["--cuts", "1,0"], ["--partition", "auto"]])
+def test_auto_knows_a_finished_run_by_its_cuts(monkeypatch, capsys, how):
+    method = [*TINY, "--layers", "8", "--resume", "auto", "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *method, *how)[0] == 0
+    for file in ("checkpoint.pt", "model_best.pt"):
+        Path("run", file).unlink()
+    status, out, _ = main(monkeypatch, capsys, *method, *how)
+    assert (status, out) == (0, ["run is finished: all 3 epochs are done"])
+    status, _, err = main(monkeypatch, capsys, *method, "--cuts", "2,0")
+    assert (status, len(err)) == (2, 1)
 
 
 # Plans that are kept
@@ -886,6 +940,12 @@ def test_a_plan_is_kept_but_once(monkeypatch, capsys):
     assert (folder / "plan.json").stat().st_mtime_ns == before
     again = json.loads("".join(main(monkeypatch, capsys, *plan, "--json")[1]))
     assert again == kept
+    for other in (["--batch_size", "8"], ["--context_group", "0"]):  # memory, not learning
+        out = main(monkeypatch, capsys, *plan, *other, "--output_dir", str(folder))[1]
+        assert "is there already" not in out[0]
+    cuts = [*plan, "--partition", "auto", "--output_dir", "chosen"]
+    assert len(main(monkeypatch, capsys, *cuts)[1]) > 1
+    assert main(monkeypatch, capsys, *cuts)[1] == ["chosen/plan.json is there already"]
     status, _, err = main(monkeypatch, capsys, *method, "--save_plan")
     assert (status, len(err)) == (2, 1)
     assert "give --dry_run as well" in err[0]
