@@ -145,6 +145,7 @@ def error_by_memory(lines: list[Line], peaks: Iterable[tuple[str, float]], title
         axes.axvline(peak, color=COLOURS.get(net, OTHERS), linestyle=style, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(y=0.1)  # for the notes at the points
     legend(figure, columns=2)
     return figure
 
