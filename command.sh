@@ -10,12 +10,13 @@
 # What stands after the target goes to train.py, bench.py or pytest. With an experiment, --list
 # prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
 # of evidence 0 1), EPOCHS=160 and DATASET=cifar10 change its runs. A finished run is skipped, one
-# that was cut off is continued. PYTHON=... names another interpreter.
+# that was cut off is continued. Paths are seen from this script's folder, where runs/ and results/
+# are too. PYTHON=... names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 usage() {
-    sed -n '2,13s/^# //p' "$0"
+    sed -n '2,14s/^# //p' "$0"
 }
 
 # .venv with what requirements.txt asks for; nothing is done where that is so already.
@@ -155,6 +156,10 @@ experiment() {
     shift
     for option in "$@"; do
         case $option in
+            -h | --help)
+                usage
+                exit
+                ;;
             --list) list=1 ;;
             --dry_run) dry=1 ;;
             --list=* | --dry_run=*)
@@ -295,7 +300,7 @@ print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f}
         esac
         DATA_DIR=$2
         if [[ ! " ${*:3} " == *" --list "* && ! -d $DATA_DIR/train ]]; then
-            echo "command.sh: error: there is no folder $DATA_DIR/train" >&2
+            echo "command.sh: error: there is no folder $DATA_DIR/train, seen from $PWD" >&2
             exit 2
         fi
         SEEDS=${SEEDS:-0 1}

@@ -1,8 +1,10 @@
 """What is drawn, with matplotlib: plain numbers go in, a Figure comes out."""
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -15,10 +17,15 @@ from torchvision.utils import make_grid
 COLOURS = {"end to end": "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
            "R1E": "tab:red", "R2": "tab:green", "R4": "tab:purple", "R8": "tab:brown",
            "R16": "tab:pink", "R2E": "darkgreen", "R4E": "orchid", "R8E": "gold",
-           "R16E": "tab:cyan", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
+           "R16E": "tab:cyan", "test": "tab:blue", "train": "tab:blue",
+           "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
 """By label, so that a line has its colour whatever else is there; others get `OTHERS`."""
 
-OTHERS = "tab:olive"
+OTHERS = ("tab:olive", "navy", "limegreen", "salmon", "teal", "indigo")
+"""For lines with other labels, in turn."""
+
+NOTE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+"""What a note at a point stands on, so that no line strikes it through."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Line:
     Attributes:
         label: for the legend, and the colour's key.
         x, y: its points.
-        spread: standard deviation of each y, 0 where there is but one run; empty: none is known.
+        spread: standard deviation of each y, nan where there is but one run; empty: none is known.
         notes: written at the points, if any.
         dashed: drawn so, and left out of the legend.
     """
@@ -41,25 +48,32 @@ class Line:
     dashed: bool = False
 
 
-def draw(axes: Axes, line: Line, points: bool) -> None:
+def colours(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for each label of a figure."""
+    others = cycle(OTHERS)
+    return {label: COLOURS.get(label) or next(others) for label in dict.fromkeys(labels)}
+
+
+def draw(axes: Axes, line: Line, colour: str, points: bool) -> None:
     """One line: with `points`, marks and bars of its spread; without, a band of its spread."""
-    colour = COLOURS.get(line.label, OTHERS)
     how = {
         "color": colour,
         "linestyle": "--" if line.dashed else "-",
         "label": "_" + line.label if line.dashed else line.label,
     }
-    spread = line.spread or [0.0] * len(line.y)
+    spread = line.spread or [math.nan] * len(line.y)
     if points:
         axes.errorbar(line.x, line.y, yerr=spread, marker="o", markersize=4, capsize=3, **how)
     else:
         mark = "o" if len(line.x) == 1 else ""
         axes.plot(line.x, line.y, linewidth=1.4, marker=mark, **how)
-        if any(spread):
+        if np.isfinite(spread).any():
             low, high = np.subtract(line.y, spread), np.add(line.y, spread)
             axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
     for x, y, note in zip(line.x, line.y, line.notes, strict=False):
-        axes.annotate(note, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+        axes.annotate(
+            note, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small", bbox=NOTE
+        )
 
 
 def panels(
@@ -71,9 +85,10 @@ def panels(
     width = max(7, 4 * across)
     figure = Figure(figsize=(width, 1 + 3.6 * down), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    colour = colours(line.label for drawn in lines.values() for line in drawn)
     for axes, (name, drawn) in zip(grid.flat, lines.items(), strict=False):
         for line in drawn:
-            draw(axes, line, points)
+            draw(axes, line, colour[line.label], points)
         axes.set(title=name, xlabel=x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -139,13 +154,14 @@ def error_by_memory(lines: list[Line], peaks: Iterable[tuple[str, float]], title
         title, "peak memory, MiB", "test error at the last epoch, %", {"": lines}, points=True
     )
     (axes,) = figure.axes
+    colour = colours(line.label for line in lines)
     for label, peak in peaks:
         net = label.split(",")[0]
         style = "--" if "recompute" in label else ":"
-        axes.axvline(peak, color=COLOURS.get(net, OTHERS), linestyle=style, label=label)
+        axes.axvline(peak, color=colour[net], linestyle=style, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(y=0.1)  # for the notes at the points
+    axes.margins(0.12)  # for the notes at the points
     legend(figure, columns=2)
     return figure
 

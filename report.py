@@ -152,7 +152,8 @@ def all_runs_csv(groups: dict[tuple[int, Setting], Group]) -> str:
 def write_report(roots: list[Path], folder: Path) -> tuple[list[Path], list[str]]:
     """All tables and figures of the runs below `roots` into `folder`.
 
-    Returns the files written and notes on what was left out; InputError if there are no runs.
+    Returns the files written, and notes on what was left out and on other figures in `folder`;
+    InputError if there are no runs.
     """
     records, notes = read_records(roots)
     if not records and not notes:
@@ -182,7 +183,8 @@ def write_report(roots: list[Path], folder: Path) -> tuple[list[Path], list[str]
         write("all_runs.csv", all_runs_csv(groups))
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {one_line(error)}") from error
-    return written, notes
+    others = sorted({*folder.glob("*.png")} - {*written})
+    return written, notes + [f"{path} is not of this report" for path in others]
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ def mean_line(label: str, runs: list[dict[float, float]], dashed: bool = False) 
     """Mean and spread at each x of some runs, each given as x -> y."""
     xs = sorted({x for run in runs for x in run})
     at_x = [statistic([run[x] for run in runs if x in run]) for x in xs]
-    means, spreads = [s.mean for s in at_x], [s.std or 0.0 for s in at_x]
+    means, spreads = [s.mean for s in at_x], [s.spread for s in at_x]
     return figures.Line(label, xs, means, spreads, dashed=dashed)
 
 
@@ -107,7 +107,7 @@ def figure4_lines(grid: Grid) -> list[figures.Line]:
 def _errors_line(
     label: str, x: list[float], errors: list[Statistic], notes: list[str] | None = None
 ) -> figures.Line:
-    means, spreads = [e.mean for e in errors], [e.std or 0.0 for e in errors]
+    means, spreads = [e.mean for e in errors], [e.spread for e in errors]
     return figures.Line(label, x, means, spreads, notes or [])
 
 

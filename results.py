@@ -128,6 +128,12 @@ class Record:
         ]
 
 
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+"""What `read_record` may raise on a file that is no summary or plan."""
+
+
 def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
     """Every summary.json and plan.json below `roots`, and notes on what could not be used.
 
@@ -143,7 +149,7 @@ def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
         for path in sorted([*root.rglob("summary.json"), *root.rglob("plan.json")]):
             try:
                 record = read_record(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except UNREADABLE as error:
                 notes.append(f"{path} is left out: {type(error).__name__}: {one_line(error)}")
                 continue
             key = (record.method, record.setting, record.seed, record.is_plan)
@@ -160,7 +166,7 @@ def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
 def read_record(path: Path) -> Record:
     """A summary.json or plan.json.
 
-    Raises OSError, ValueError, KeyError, TypeError or AttributeError if it is not one.
+    Raises one of UNREADABLE if it is not one.
     """
     contents = json.loads(path.read_text())
     config = contents["config"]
@@ -190,14 +196,14 @@ def read_record(path: Path) -> Record:
         config=config,
         error_last=_error(contents["error_last"]) if trained else None,
         error_best=_error(contents["error_best"]) if trained else None,
-        peak=_number(contents["peak_memory_bytes" if trained else "peak_bytes"]),
+        peak=_bytes(contents["peak_memory_bytes" if trained else "peak_bytes"]),
         how=str(how),
     )
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
+def _bytes(value: object) -> float:
+    if isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{value!r} is no number of bytes")
     return value
 
 
@@ -230,6 +236,11 @@ class Statistic(NamedTuple):
     mean: float
     std: float | None
     n: int
+
+    @property
+    def spread(self) -> float:
+        """`std` for a figure: nan where there is none."""
+        return math.nan if self.std is None else self.std
 
     def __str__(self) -> str:
         spread = "" if self.std is None else f" ± {self.std:.2f}"

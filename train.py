@@ -188,7 +188,7 @@ def run(argv: list[str]) -> None:
         folder.check_free(options.resume, checkpoint)
         if checkpoint is not None and checkpoint.epoch >= options.epochs:
             done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
-            if folder.summary.exists():
+            if folder.is_finished():
                 print(f"{folder.path} is finished: {done}")
                 return
             if not read_metrics(folder.metrics):  # else all that is left to do is the summary

@@ -142,6 +142,15 @@ def test_evidence():
         assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
 
 
+def test_help_runs_nothing(clone):
+    for arguments in (["--help"], ["table1", "--help"], ["all", "-h"]):
+        done = command(*arguments, cwd=clone)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "./command.sh table1 | table2" in done.stdout
+        assert "PYTHON=..." in done.stdout
+    assert not (clone / "calls").exists()
+
+
 def test_listing_runs_nothing(clone):
     assert command("table1", "--list", cwd=clone).returncode == 0
     done = command("list", cwd=clone)

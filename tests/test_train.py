@@ -860,6 +860,16 @@ def test_auto_starts_continues_and_ends(monkeypatch, capsys):
         assert (status, out, err) == (0, [f"{folder} is finished: all 3 epochs are done"], [])
 
 
+@pytest.mark.parametrize("left", [b"", b'{"error_last": 1.5, "confi'])
+def test_auto_mends_a_damaged_summary(monkeypatch, capsys, left):
+    method = [*TINY, "--output_dir", "run", "--resume", "auto"]
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    summary = Path("run/summary.json").read_bytes()
+    Path("run/summary.json").write_bytes(left)
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    assert Path("run/summary.json").read_bytes() == summary
+
+
 def test_auto_starts_afresh_before_the_first_checkpoint(monkeypatch, capsys):
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text('{"epoch": 1, "test_error": 0.0}\n')
