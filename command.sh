@@ -218,7 +218,7 @@ experiment() {
     exit $status
 }
 
-# Ends with status 2 and one line where the options of a call are wrong: so would be all calls'.
+# Ends with status 2 and one line where the options of a call can't be read: nor could any call's.
 check() {
     eval "set -- $1"
     .venv/bin/python -c '

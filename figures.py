@@ -171,7 +171,7 @@ def image_rows(rows: dict[str, Tensor], title: str) -> Figure:
     count, _, height, _ = next(iter(rows.values())).shape
     border = 2
     grid = make_grid(torch.cat([row.cpu() for row in rows.values()]), nrow=count, padding=border)
-    inches = 1 / 45
+    inches = min(1 / 45, 10 / max(grid.shape))  # of a pixel
     width = 1.2 + grid.shape[2] * inches
     figure = Figure(figsize=(width, 0.8 + grid.shape[1] * inches), layout="constrained")
     axes = figure.subplots()

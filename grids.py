@@ -118,7 +118,7 @@ def fill_grids(table: Table, records: list[Record]) -> list[Grid]:
     if not table.datasets:
         return [
             Grid(table, setting, [_row(by_place, table, row, setting) for row in table.rows])
-            for setting in sorted(fitting, key=published_first) or [PUBLISHED]
+            for setting in sorted(fitting) or [PUBLISHED]  # PUBLISHED is the least
         ]
     grids = []
     for options in sorted({s.options for s in fitting}) or [()]:
@@ -142,11 +142,6 @@ def _row(
     return row.label, cells
 
 
-def published_first(setting: Setting) -> tuple:
-    """Sorts settings."""
-    return setting != PUBLISHED, setting
-
-
 Group = dict[Method, list[Record]]
 
 
@@ -155,4 +150,4 @@ def group_records(records: list[Record]) -> dict[tuple[int, Setting], Group]:
     groups: dict[tuple[int, Setting], Group] = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda r: (r.method.order, r.seed)):
         groups[record.method.layers, record.setting][record.method].append(record)
-    return dict(sorted(groups.items(), key=lambda item: (published_first(item[0][1]), item[0][0])))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])))

@@ -118,7 +118,8 @@ def planned_lines(records: list[Record], nets: list[str]) -> list[tuple[str, flo
         records: of one setting.
         nets: which nets, as `ResNet-N`.
     Raises:
-        KeyError, TypeError, ValueError: an option is missing, or no such net can be built.
+        KeyError, TypeError, ValueError, RuntimeError: an option is missing, or no such net or batch
+            can be.
     """
     lines = []
     for net in nets:
@@ -150,7 +151,7 @@ def draw_figures(records: list[Record], notes: list[str]) -> Iterator[tuple[str,
             if table.name == "figure4" and (lines := figure4_lines(grid)):
                 try:
                     peaks = planned_lines(of_setting, [line.label for line in lines])
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, RuntimeError) as error:
                     notes.append(f"{name}: end-to-end peaks can't be planned: {one_line(error)}")
                     peaks = []
                 yield name, figures.error_by_memory(lines, peaks, title)

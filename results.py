@@ -160,7 +160,7 @@ def read_records(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
             if not path.with_name("summary.json").exists():
                 epochs = len(read_metrics(path))
                 notes.append(f"{path.parent} is not finished (epochs done: {epochs})")
-    return list(records.values()), notes
+    return list(records.values()), list(dict.fromkeys(notes))
 
 
 def read_record(path: Path) -> Record:
@@ -170,7 +170,7 @@ def read_record(path: Path) -> Record:
     """
     contents = json.loads(path.read_text())
     config = contents["config"]
-    layers, K = config["layers"], config["local_module_num"]
+    layers, K = operator.index(config["layers"]), operator.index(config["local_module_num"])
     if config["dataset"] not in DATASETS:
         raise ValueError(f"unknown data set {config['dataset']!r}")
     dataset = data_name(config)
@@ -187,6 +187,11 @@ def read_record(path: Path) -> Record:
     method.order, method.label  # noqa: B018  # an unknown mode or loss shows here
     options = unusual_options(config, {*METHOD_OPTIONS, *NOT_OF_THE_LEARNING})
     trained = path.name == "summary.json"
+    epochs = read_metrics(path.with_name("metrics.jsonl"))
+    if trained and epochs and epochs[0].get("epoch") != 1:
+        raise ValueError(
+            f"its epochs begin with {epochs[0].get('epoch')}: it continues another run"
+        )
     how = contents["peak_memory_how"] if trained else "planned, by train.py --dry_run"
     return Record(
         folder=path.parent,
@@ -267,7 +272,7 @@ class Cell:
 
     error_last: Statistic | None
     error_best: Statistic | None
-    peak: float | None
+    peak: float
     how: str
 
 

@@ -20,7 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import figures
 from configs import InputError, one_line
-from memory import MIB
+from memory import MIB, PeakMemory
 from models.checkpoint import Checkpoint, replacing
 from options import (
     MEMORY_AND_SPEED,
@@ -86,7 +86,7 @@ class RunFolder:
         return (
             config is not None
             and config.keys() == self.options.keys()
-            and not self._changed(config, but=())
+            and not self._changed(config, but=NOT_OF_THE_LEARNING)
         )
 
     def _changed(
@@ -96,7 +96,9 @@ class RunFolder:
     ) -> list[str]:
         """The options that differ from an earlier run's, `but` some, in words."""
         before, now = _comparable(earlier), _comparable(self.options)
-        open_yet = {"cuts"} if now["partition"] == "auto" and now["cuts"] is None else set()
+        open_yet = set()  # what is chosen when the run begins
+        if now["cuts"] is None and (now["partition"] == "auto" or now["memory_budget"]):
+            open_yet = {"cuts", "local_module_num"} if now["memory_budget"] else {"cuts"}
         return [
             f"{name} {before[name]}, now {value}"
             for name, value in now.items()
@@ -149,6 +151,7 @@ class RunFolder:
             return
         title = f"epoch {epoch}: what the decoder at each cut makes of its features"
         self.events.add_figure("reconstructions", figures.image_rows(rows, title), epoch)
+        self.events.flush()
 
     def add_hparams(self, summary: dict) -> None:
         """Options and how it ended to TensorBoard's HParams tab."""
@@ -178,15 +181,19 @@ class RunFolder:
         return min((m["test_error"] for m in read_metrics(self.metrics)), default=math.inf)
 
     def add_summary(
-        self, peak_memory_how: str, device: str, parameters: dict[str, int], data_bytes: int
+        self, peak: PeakMemory, device: str, parameters: dict[str, int], data_bytes: int
     ) -> dict:
-        """Write and return summary.json, close the events; errors in percent, memory in bytes."""
+        """Write and return summary.json, close the events; errors in percent, memory in bytes.
+
+        The peak is that of the steps since the run was last continued, as the options are: those
+        before may have had others for memory and speed.
+        """
         metrics = read_metrics(self.metrics)
         summary = {
             "error_last": metrics[-1]["test_error"],
             "error_best": self.best_error(),
-            "peak_memory_bytes": max(m["peak_memory_bytes"] for m in metrics),
-            "peak_memory_how": peak_memory_how,
+            "peak_memory_bytes": peak.bytes or metrics[-1]["peak_memory_bytes"],
+            "peak_memory_how": peak.how,
             "data_on_device_bytes": data_bytes,
             "samples_per_second": statistics.harmonic_mean(
                 m["samples_per_second"] for m in metrics
@@ -211,8 +218,14 @@ class RunFolder:
     def add_plan(self, plan: dict) -> None:
         """Write plan.json: what `--dry_run --json` prints, and the options it is of.
 
-        Raises InputError if it cannot be written.
+        Raises InputError if it cannot be written or a plan of other options is there.
         """
+        earlier = _config_in(self.plan) or {}
+        if changed := self._changed(earlier, but=NOT_OF_THE_LEARNING):
+            raise InputError(
+                f"{self.plan} is of other options ({'; '.join(changed)}): choose another "
+                "--output_dir, --name or --no"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.plan, plan | {"config": self.options})
@@ -261,7 +274,8 @@ def unusual_options(options: dict[str, object], but: Collection[str]) -> list[st
         setattr(usual, deciding, options.get(deciding, getattr(usual, deciding)))
     usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
     parts = []
-    for option, value in options.items():
+    for option in dict.fromkeys([*usual, *options]):  # in one order, however they were kept
+        value = options.get(option, usual.get(option))
         if option == "cuts" and value:
             value = f"{zlib.crc32(str(value).encode()):08x}"  # the cuts themselves are too long
         if option not in but and value != usual.get(option):

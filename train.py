@@ -377,7 +377,7 @@ def train(
         save_checkpoint(folder.checkpoint, state)
 
     summary = folder.add_summary(
-        peak.how, device_name(peak.device), network.parameter_counts(), data_bytes
+        peak, device_name(peak.device), network.parameter_counts(), data_bytes
     )
     print_summary(summary, folder.path)
 

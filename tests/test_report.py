@@ -144,6 +144,7 @@ def test_an_unwritable_folder_is_one_line(monkeypatch, capsys, tmp_path):
         lambda s: s["config"].update(local_loss_mode="hinge"),
         lambda s: s["config"].update(local_module_num=99),
         lambda s: s["config"].pop("seed"),
+        lambda s: s["config"].update(local_module_num=16.0),
         lambda s: s["config"].update(seed=None),
         lambda s: s["config"].update(seed=[0]),
         lambda s: s["config"].update(cuts=[[1, [2]]] * 15),
@@ -214,17 +215,48 @@ def test_balanced_cuts_are_not_the_same_cuts_typed(tmp_path):
 
 
 def test_end_to_end_runs_are_one_method_whatever_else_they_say(tmp_path):
-    for seed, mode in enumerate(("R0", "E")):
-        a_run(tmp_path / mode, local_module_num=1, context_mode=mode, seed=seed)
+    for seed, other in enumerate(
+        (dict(), dict(context_mode="E"), dict(local_loss_mode="contrast"), dict(h_reconstruct=True))
+    ):
+        a_run(
+            tmp_path / str(seed), **dict(local_module_num=1, context_mode="R0", seed=seed) | other
+        )
     records, _ = read_records([tmp_path])
-    assert len(records) == 2
-    assert records[0].method == records[1].method
+    assert len(records) == 4
+    assert len({record.method for record in records}) == 1
 
 
 def test_a_run_below_two_roots_is_read_once(tmp_path):
     a_run(tmp_path / "run")
     records, notes = read_records([tmp_path, tmp_path / "run"])
     assert (len(records), notes) == (1, [])
+    (tmp_path / "run" / "summary.json").write_text("")
+    assert len(read_records([tmp_path, tmp_path / "run"])[1]) == 1
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_run_that_continues_another_is_left_out(tmp_path, first):
+    a_run(tmp_path / "run")
+    lines = [json.dumps({"epoch": epoch, "test_error": 5.0}) + "\n" for epoch in (first, first + 1)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    records, notes = read_records([tmp_path])
+    assert len(records) == (first == 1)
+    assert ["epochs begin with 3: it continues another run" in note for note in notes] == (
+        [] if first == 1 else [True]
+    )
+
+
+def test_options_in_another_order_are_the_same_setting(tmp_path):
+    a_run(tmp_path / "run", batch_size=64, lr=0.1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["config"] = dict(reversed(summary["config"].items())) | {"seed": 1}
+    (tmp_path / "reversed").mkdir()
+    (tmp_path / "reversed" / "summary.json").write_text(json.dumps(summary))
+    records, _ = read_records([tmp_path])
+    assert [record.seed for record in records] == [1, 0]
+    assert (
+        records[0].setting == records[1].setting == Setting("cifar10", ("batch_size-64", "lr-0.1"))
+    )
 
 
 def test_published_settings_come_first(tmp_path):
@@ -296,6 +328,24 @@ def test_figure4_shows_error_against_peak_memory(drawn):
         again, _ = lines[f"{net}, end to end with --recompute, planned"]
         assert again[0] < peak / 2
     assert len(lines) == 6
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}
+    for net, colour in (("ResNet-32", "tab:blue"), ("ResNet-110", "tab:red")):
+        assert looks[f"{net}, end to end, planned"] == (colour, ":")
+        assert looks[f"{net}, end to end with --recompute, planned"] == (colour, "--")
+    assert axes.get_xlabel() == "peak memory, MiB"
+    assert axes.get_ylabel() == "test error at the last epoch, %"
+
+
+def test_peaks_of_end_to_end_training_are_those_of_the_figures_runs(tmp_path):
+    a_run(tmp_path / "large", "E-contrast-K4-balanced-seed0")
+    a_run(tmp_path / "small", "E-contrast-K4-balanced-seed0", batch_size=64)
+    by_name = dict(draw_figures(read_records([tmp_path])[0], []))
+    large, small = (
+        lines_of(by_name[name].axes[0])["ResNet-32, end to end, planned"][0][0]
+        for name in ("figure4", "figure4_batch_size-64")
+    )
+    assert large == pytest.approx(2464, abs=0.5)
+    assert small < large / 10
 
 
 def test_figure5_shows_error_against_K_by_mode(drawn):
@@ -307,11 +357,15 @@ def test_figure5_shows_error_against_K_by_mode(drawn):
     }
     (axes,) = drawn["figure5_digits_epochs-2"].axes
     assert lines_of(axes) == {"E": ([2], [5.0]), "end to end": ([1], [3.0])}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+    assert axes.get_xscale() == "log"
+    assert axes.get_ylabel() == "test error at the last epoch, %"
 
 
 def test_learning_curves_are_means_over_seeds(drawn):
     (axes,) = drawn["learning_curves_resnet32_digits_epochs-2"].axes
     assert axes.get_title() == "K=2, softmax"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "test error, %")
     assert lines_of(axes) == {
         "end to end": ([1, 2], [7.0, 3.0]),
         "E": ([1, 2], [6.5, 5.0]),  # 8 and 5, then 4 and 6

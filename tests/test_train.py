@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from models.official import official_names
 from options import build_parser, read_options
 from run_folder import RunFolder, run_name
 
-TINY = [
-    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
+TINY_NET = [
+    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",
     "--batch_size", "16", "--epochs", "3", "--seed", "5", "--device", "cpu",
 ]  # fmt: skip
+TINY = [*TINY_NET, "--local_module_num", "2"]
 ROOT = Path(train.__file__).parent
 
 
@@ -790,6 +792,18 @@ def test_reconstructions_of_eight_images_at_each_cut(monkeypatch, capsys):
             assert torch.allclose(shown[-1][label], expected, atol=1e-5)
 
 
+def test_rows_of_images_are_labelled_from_top_to_bottom():
+    rows = {name: torch.full((8, 3, 4, 4), grey) for name, grey in (("image", 1.0), ("cut", 0.5))}
+    (axes,) = figures.image_rows(rows, "").axes
+    picture = axes.images[0].get_array()
+    for tick, label, grey in zip(
+        axes.get_yticks(), axes.get_yticklabels(), (1.0, 0.5), strict=True
+    ):
+        assert label.get_text() == {1.0: "image", 0.5: "cut"}[grey]
+        assert picture[round(tick)].max() == grey
+    assert picture.shape[1] > 2 * picture.shape[0]  # eight across
+
+
 def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
     assert main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--output_dir", "run")[0] == 0
     summary = json.loads(Path("run/summary.json").read_text())
@@ -806,7 +820,12 @@ def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
     assert chosen["h_reconstruct"].bool_value is False
     assert "data_dir" not in chosen
     data = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    columns = HParamsPluginData.FromString(data).experiment.hparam_infos
+    experiment = HParamsPluginData.FromString(data).experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == [
+        "final/error_last", "final/error_best", "final/peak_memory_MiB",
+    ]  # fmt: skip
+    assert "_hparams_/session_end_info" in events.summary_metadata
+    columns = experiment.hparam_infos
     first = sorted(columns, key=lambda column: (not column.differs, column.name))[:5]
     assert [column.name for column in first] == [
         "context_mode", "layers", "local_loss_mode", "local_module_num", "seed",
@@ -826,6 +845,46 @@ def test_last_and_best_error_are_not_mixed_up():
         "final/error_best": [(4, 5.0)],
         "final/peak_memory_MiB": [(4, 3.0)],
     }
+
+
+def test_the_summary_is_of_its_epochs_and_options(monkeypatch, capsys):
+    assert main(monkeypatch, capsys, *TINY, "--output_dir", "run")[0] == 0
+    summary, metrics = json.loads(Path("run/summary.json").read_text()), metrics_of("run")
+    rates = [m["samples_per_second"] for m in metrics]
+    assert summary["samples_per_second"] == pytest.approx(3 / sum(1 / rate for rate in rates))
+    fresh = summary["peak_memory_bytes"]
+    assert fresh == max(m["peak_memory_bytes"] for m in metrics) > 0
+
+    # Continued with other options for memory, its peak is theirs.
+    first = [*TINY, "--context_mode", "E", "--output_dir", "mixed", "--resume", "auto"]
+    save = train.save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "checkpoint.pt" and state.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    assert main(monkeypatch, capsys, *first, "--context_group", "0")[0] == 130
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert main(monkeypatch, capsys, *first, "--context_group", "16")[0] == 0
+    grouped = [*TINY, "--context_mode", "E", "--output_dir", "grouped"]
+    assert main(monkeypatch, capsys, *grouped)[0] == 0
+    mixed, plain = (json.loads(Path(f, "summary.json").read_text()) for f in ("mixed", "grouped"))
+    assert metrics_of("mixed")[0]["peak_memory_bytes"] > plain["peak_memory_bytes"]
+    assert mixed["peak_memory_bytes"] == plain["peak_memory_bytes"]
+    assert mixed["config"]["context_group"] == 16
+
+
+def test_an_epoch_begun_again_is_drawn_once():
+    folder = RunFolder(Path("run"), options_of(*PUBLISHED))
+    errors = {"test_errors": [2.0, 1.0], "train_errors": [2.0, 1.0]}
+    for value in (7.0, 5.0):  # the first was cut off before its checkpoint
+        folder.open(epochs_done=0)
+        folder.add_epoch({"epoch": 1, "test_error": value} | errors)
+        folder.events.close()
+        time.sleep(1.1)  # files of events are sorted by the second that they begin in
+    assert [e.value for e in events_of("run").Scalars("epoch/test_error")] == [5.0]
 
 
 # --resume auto
@@ -920,9 +979,25 @@ def test_auto_tells_images_of_ones_own_apart(monkeypatch, capsys):
     assert "dataset folder-one, now folder-two" in err[0]
 
 
-@pytest.mark.parametrize("how", [["--cuts", "1,0"], ["--partition", "auto"]])
+def test_auto_finds_a_run_whose_cuts_were_chosen(monkeypatch, capsys):
+    method = [*TINY, "--partition", "auto", "--resume", "auto"]
+    for expected in ("run folder", "is finished: all 3 epochs are done"):
+        status, out, _ = main(monkeypatch, capsys, *method)
+        assert status == 0
+        assert expected in out[-1]
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--local_module_num", "2", "--cuts", "1,0"],
+        ["--local_module_num", "2", "--partition", "auto"],
+        ["--memory_budget", "0.01"],
+    ],
+)
 def test_auto_knows_a_finished_run_by_its_cuts(monkeypatch, capsys, how):
-    method = [*TINY, "--layers", "8", "--resume", "auto", "--output_dir", "run"]
+    method = [*TINY_NET, "--resume", "auto", "--output_dir", "run"]
     assert main(monkeypatch, capsys, *method, *how)[0] == 0
     for file in ("checkpoint.pt", "model_best.pt"):
         Path("run", file).unlink()
@@ -950,12 +1025,21 @@ def test_a_plan_is_kept_but_once(monkeypatch, capsys):
     assert (folder / "plan.json").stat().st_mtime_ns == before
     again = json.loads("".join(main(monkeypatch, capsys, *plan, "--json")[1]))
     assert again == kept
-    for other in (["--batch_size", "8"], ["--context_group", "0"]):  # memory, not learning
-        out = main(monkeypatch, capsys, *plan, *other, "--output_dir", str(folder))[1]
-        assert "is there already" not in out[0]
+    before = (folder / "plan.json").stat().st_mtime_ns
+    here = ["--output_dir", str(folder)]
+    for option, value in (("batch_size", "8"), ("context_group", "0"), ("data_on_device", "True")):
+        other = [f"--{option}", value, *here]  # of learning and memory, which a plan is of
+        status, _, err = main(monkeypatch, capsys, *plan, *other)
+        assert (status, len(err)) == (2, 1)
+        assert f"is of other options ({option} " in err[0]
+    assert main(monkeypatch, capsys, *plan, "--data_dir", "elsewhere", *here)[0] == 0
+    assert (folder / "plan.json").stat().st_mtime_ns == before
     cuts = [*plan, "--partition", "auto", "--output_dir", "chosen"]
     assert len(main(monkeypatch, capsys, *cuts)[1]) > 1
     assert main(monkeypatch, capsys, *cuts)[1] == ["chosen/plan.json is there already"]
+    budget = [*method[:2], "--memory_budget", "1", "--dry_run", "--save_plan", "--output_dir", "b"]
+    assert len(main(monkeypatch, capsys, *budget)[1]) > 1
+    assert main(monkeypatch, capsys, *budget)[1] == ["b/plan.json is there already"]
     status, _, err = main(monkeypatch, capsys, *method, "--save_plan")
     assert (status, len(err)) == (2, 1)
     assert "give --dry_run as well" in err[0]
