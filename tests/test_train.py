@@ -172,6 +172,19 @@ def cut_off_after(monkeypatch, epoch):
     return lambda: monkeypatch.setattr(train, "save_checkpoint", save)
 
 
+def interrupt_after(monkeypatch, epoch):
+    """Ctrl-C right after the checkpoint of an epoch."""
+    save = train.save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "checkpoint.pt" and state.epoch == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    return lambda: monkeypatch.setattr(train, "save_checkpoint", save)
+
+
 def test_resume_gives_what_an_uninterrupted_run_gives(monkeypatch, capsys):
     arguments = [*TINY, "--context_mode", "R1E", "--droprate", "0.1"]
     main(monkeypatch, capsys, *arguments, "--output_dir", "whole")
@@ -857,16 +870,9 @@ def test_the_summary_is_of_its_epochs_and_options(monkeypatch, capsys):
 
     # Continued with other options for memory, its peak is theirs.
     first = [*TINY, "--context_mode", "E", "--output_dir", "mixed", "--resume", "auto"]
-    save = train.save_checkpoint
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if path.name == "checkpoint.pt" and state.epoch == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    undo = interrupt_after(monkeypatch, 1)
     assert main(monkeypatch, capsys, *first, "--context_group", "0")[0] == 130
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    undo()
     assert main(monkeypatch, capsys, *first, "--context_group", "16")[0] == 0
     grouped = [*TINY, "--context_mode", "E", "--output_dir", "grouped"]
     assert main(monkeypatch, capsys, *grouped)[0] == 0
@@ -894,16 +900,9 @@ def test_auto_starts_continues_and_ends(monkeypatch, capsys):
     method = [*TINY, "--context_mode", "E", "--resume", "auto"]
     assert main(monkeypatch, capsys, *method, "--output_dir", "whole")[0] == 0
 
-    save = train.save_checkpoint
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if path.name == "checkpoint.pt" and state.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    undo = interrupt_after(monkeypatch, 2)
     assert main(monkeypatch, capsys, *method)[0] == 130
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    undo()
     status, out, err = main(monkeypatch, capsys, *method)
     assert (status, err) == (0, [])
     assert not any(line.startswith("epoch   2") for line in out)
