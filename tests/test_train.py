@@ -803,6 +803,10 @@ def test_reconstructions_of_eight_images_at_each_cut(monkeypatch, capsys):
                 resized = layer(resized)
             expected = 1 / (1 + torch.exp(-resized))
             assert torch.allclose(shown[-1][label], expected, atol=1e-5)
+    statistics = {name: value.clone() for name, value in network.named_buffers()}
+    again = engine.reconstructions(network.train(), eight.float() / 127.5 - 1)
+    assert all(torch.allclose(again[label], shown[-1][label], atol=1e-5) for label in labels)
+    assert all(torch.equal(value, statistics[name]) for name, value in network.named_buffers())
 
 
 def test_rows_of_images_are_labelled_from_top_to_bottom():
