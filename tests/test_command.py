@@ -128,7 +128,7 @@ def test_evidence():
     runs = listed("evidence", "some where")
     assert [(o.local_module_num, o.context_mode, o.seed) for o in runs] == [
         (K, mode, seed)
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
         for K, mode in ((1, "R0"), (16, "R0"), (16, "R1"), (16, "E"), (16, "R1E"))
     ]
     schedule = {

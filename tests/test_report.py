@@ -19,9 +19,9 @@ from matplotlib.image import imread
 import figures
 import report
 from configs import choose_cuts
-from grids import TABLES, fill_grids
+from grids import TABLES, fill_grids, group_records
 from report_figures import draw_figures, file_name
-from results import Setting, read_records
+from results import Setting, make_cell, read_records
 
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "runs", HERE / "expected"
@@ -282,6 +282,26 @@ def test_table3_shows_further_data_sets_too(tmp_path):
     ]
     assert len(rows) == 6
     assert not any(rows.values())
+
+
+def test_the_readme_shows_what_the_runs_of_its_experiment_say():
+    root = HERE.parent
+    records, notes = read_records([root / "docs" / "evidence" / "runs"])
+    assert notes == []
+    readme = (root / "README.md").read_text()
+    shown = 0
+    for (_, setting), group in group_records(records).items():
+        for method, of_method in group.items():
+            cell = make_cell(of_method)
+            if any(option.startswith("limit_per_class") for option in setting.options):
+                parts = [method.K, method.label, cell.error_last, cell.error_best,
+                         f"{cell.peak / 2**20:.0f}"]  # fmt: skip
+            else:
+                parts = [method.K, method.label, of_method[0].config["epochs"],
+                         f"{cell.error_last.mean:.2f}", f"{cell.error_best.mean:.2f}"]  # fmt: skip
+            assert f"| {' | '.join(map(str, parts))} |" in readme
+            shown += 1
+    assert shown == 5 + 3
 
 
 # Figures
