@@ -174,6 +174,7 @@ def image_rows(rows: dict[str, Tensor], title: str) -> Figure:
     inches = min(1 / 45, 10 / max(grid.shape))  # of a pixel
     width = 1.2 + grid.shape[2] * inches
     figure = Figure(figsize=(width, 0.8 + grid.shape[1] * inches), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # else the labels touch the edge
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy())
     middles = border + height / 2 + (height + border) * np.arange(len(rows))
