@@ -301,7 +301,7 @@ def test_the_readme_shows_what_the_runs_of_its_experiment_say():
                          f"{cell.error_last.mean:.2f}", f"{cell.error_best.mean:.2f}"]  # fmt: skip
             assert f"| {' | '.join(map(str, parts))} |" in readme
             shown += 1
-    assert shown == 5 + 3
+    assert shown == 5 + 4 + 3
 
 
 # Figures
