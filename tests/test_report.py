@@ -368,6 +368,15 @@ def test_peaks_of_end_to_end_training_are_those_of_the_figures_runs(tmp_path):
     assert small < large / 10
 
 
+def test_a_figure_without_peaks_that_can_be_planned_says_so(tmp_path):
+    a_run(tmp_path / "run", "E-contrast-K4-balanced-seed0", batch_size=-1)
+    notes = []
+    by_name = dict(draw_figures(read_records([tmp_path])[0], notes))
+    assert list(lines_of(by_name["figure4_batch_size--1"].axes[0])) == ["ResNet-32"]
+    assert len(notes) == 1
+    assert "end-to-end peaks can't be planned" in notes[0]
+
+
 def test_figure5_shows_error_against_K_by_mode(drawn):
     by_title = {axes.get_title(): lines_of(axes) for axes in drawn["figure5"].axes}
     assert by_title == {

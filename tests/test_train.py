@@ -821,6 +821,13 @@ def test_rows_of_images_are_labelled_from_top_to_bottom():
     assert picture.shape[1] > 2 * picture.shape[0]  # eight across
 
 
+def test_many_rows_of_large_images_stay_of_a_size_to_look_at():
+    rows = {str(cut): torch.zeros(8, 3, 96, 96) for cut in range(16)}
+    width, height = figures.image_rows(rows, "").get_size_inches()
+    assert 5 < width < 12
+    assert 10 < height < 12
+
+
 def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
     assert main(monkeypatch, capsys, *TINY, "--context_mode", "E", "--output_dir", "run")[0] == 0
     summary = json.loads(Path("run/summary.json").read_text())
