@@ -6,9 +6,12 @@ CUDA device they travel while the batch before them is computed with.
 """
 
 import os
+import tarfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -105,62 +108,92 @@ def _digits(data_dir: Path) -> ImageData:
     )
 
 
-def _cifar(dataset: type[datasets.CIFAR10]) -> Callable[[Path], ImageData]:
-    def read(data_dir: Path) -> ImageData:
-        parts = _download(
-            dataset.__name__, data_dir, lambda train: dataset(data_dir, train, download=True)
-        )
-        splits = [
-            Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                  torch.tensor(part.targets))
-            for part in parts
-        ]  # fmt: skip
-        return ImageData(*splits, parts[0].classes)
+# torchvision's data sets. It knows the hashes of archives, and extracts no other; and of CIFAR's
+# and SVHN's files, and reads no others: CIFAR's are pickles, which can run code. Files of STL-10
+# that have another hash are extracted anew.
+
+Part = tuple[Split, list[str]]
+"""One split and the names of the classes."""
+
+
+def _cifar(dataset: type[datasets.CIFAR10]) -> Callable[[Path, bool, bool], Part]:
+    def read(root: Path, train: bool, download: bool) -> Part:
+        part = dataset(root, train, download=download)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(part.targets)), part.classes
 
     return read
 
 
-def _svhn(data_dir: Path) -> ImageData:
-    parts = _download(
-        "SVHN",
-        data_dir,
-        lambda train: datasets.SVHN(data_dir, "train" if train else "test", download=True),
-    )
-    return ImageData(*map(_from_arrays, parts), [str(d) for d in range(10)])
+def _svhn(root: Path, train: bool, download: bool) -> Part:
+    part = datasets.SVHN(root, "train" if train else "test", download=download)
+    return _from_arrays(part), [str(d) for d in range(10)]
 
 
-def _stl10(data_dir: Path) -> ImageData:
+def _stl10(root: Path, train: bool, download: bool) -> Part:
     """The 5,000 labelled images for training, the 8,000 test images."""
-    parts = _download(
-        "STL-10",
-        data_dir,
-        lambda train: datasets.STL10(data_dir, "train" if train else "test", download=True),
-    )
-    return ImageData(*map(_from_arrays, parts), parts[0].classes)
-
-
-READERS: dict[str, Callable[[Path], ImageData]] = {
-    "cifar10": _cifar(datasets.CIFAR10),
-    "cifar100": _cifar(datasets.CIFAR100),
-    "svhn": _svhn,
-    "stl10": _stl10,
-    "digits": _digits,
-}
+    part = datasets.STL10(root, "train" if train else "test", download=download)
+    classes = getattr(part, "classes", [])  # torchvision does without the file
+    if len(classes) != 10:
+        raise ValueError(f"{part.class_names_file} does not name 10 classes")
+    return _from_arrays(part), classes
 
 
 def _from_arrays(part: datasets.SVHN | datasets.STL10) -> Split:
     return Split(torch.from_numpy(part.data), torch.from_numpy(part.labels).long())
 
 
-def _download(name: str, data_dir: Path, open_split: Callable[[bool], object]) -> list:
-    """torchvision's train and test split; InputError where they cannot be fetched or stored."""
+def _download(name: str, read: Callable[[Path, bool, bool], Part], data_dir: Path) -> ImageData:
+    """Both splits; InputError where they cannot be fetched, stored or read.
+
+    Without a Python that can extract safely, what is there already is read.
+    """
+    can_extract = hasattr(tarfile, "data_filter")
     try:
-        return [open_split(train) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        root = data_dir.absolute()  # torchvision would take a first ~ for the home folder
+        with _plain_extraction():
+            (train, classes), (test, _) = (read(root, part, can_extract) for part in (True, False))
+    except Exception as error:  # nobody says what all of these libraries raise
+        failed = f"could not be downloaded and read ({one_line(error)}); check the network"
+        if not can_extract:
+            failed = "Python before 3.11.4 cannot extract it safely; take a later one"
         raise InputError(
-            f"{name} is not in {data_dir} and could not be downloaded ({one_line(error)}); "
-            f"check the network, or put the files there by hand and give their folder as data_dir"
+            _printable(
+                f"{name} is not in {data_dir} and {failed}, or put the files there by hand and "
+                "give their folder as data_dir"
+            )
         ) from error
+    return ImageData(train, test, classes)
+
+
+@contextmanager
+def _plain_extraction() -> Iterator[None]:
+    """In here `tarfile` extracts files and folders alone, all within where it extracts to."""
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(_plain_member)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
+def _plain_member(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+    """A member as it may be extracted to `path`; FilterError if it may not be.
+
+    The data sets have no links, and some versions of `data_filter` can be led outside by them.
+    """
+    if not (member.isreg() or member.isdir()):
+        raise tarfile.FilterError(f"{member.name!r} is neither a file nor a folder")
+    return tarfile.data_filter(member, path)
+
+
+READERS: dict[str, Callable[[Path], ImageData]] = {
+    "cifar10": partial(_download, "CIFAR10", _cifar(datasets.CIFAR10)),
+    "cifar100": partial(_download, "CIFAR100", _cifar(datasets.CIFAR100)),
+    "svhn": partial(_download, "SVHN", _svhn),
+    "stl10": partial(_download, "STL-10", _stl10),
+    "digits": _digits,
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,6 +286,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; convert it to 8 or 16")
     return image
+
+
+def _printable(text: str) -> str:
+    """`text` on one line that any terminal takes: file names may hold whatever they like."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------

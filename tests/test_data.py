@@ -1,6 +1,12 @@
 """Reading data sets, and augmentation against plain loops."""
 
+import hashlib
+import http.client
+import io
+import os
 import pickle
+import shutil
+import tarfile
 import weakref
 from urllib.error import URLError
 
@@ -377,29 +383,45 @@ def rows(count, seed):
     return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_cifar(tmp_path, monkeypatch, name, classes):
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    folder = tmp_path / dataset.base_folder
-    folder.mkdir()
+CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+
+
+def write_cifar(data_dir, monkeypatch, name):
+    """Two images in each batch, whose hashes torchvision is told; what the files hold, by name."""
+    dataset, classes = CIFAR[name], DATASETS[name].classes
+    folder = data_dir / dataset.base_folder
+    folder.mkdir(parents=True)
     key = "labels" if name == "cifar10" else "fine_labels"
-    written = {}
+    written = {dataset.meta["filename"]: {dataset.meta["key"]: [f"c{i}" for i in range(classes)]}}
     for i, (file, _) in enumerate(dataset.train_list + dataset.test_list):
         written[file] = {"data": rows(2, i), key: [i % classes, (i + 1) % classes]}
-        (folder / file).write_bytes(pickle.dumps(written[file]))
-    names = {dataset.meta["key"]: [f"class {i}" for i in range(classes)]}
-    (folder / dataset.meta["filename"]).write_bytes(pickle.dumps(names))
-    monkeypatch.setattr(dataset, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    for file, contents in written.items():
+        (folder / file).write_bytes(pickle.dumps(contents))
+    for files in ("train_list", "test_list"):
+        listed = [[file, md5(folder / file)] for file, _ in getattr(dataset, files)]
+        monkeypatch.setattr(dataset, files, listed)
+    monkeypatch.setitem(dataset.meta, "md5", md5(folder / dataset.meta["filename"]))
+    return written
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar(tmp_path, monkeypatch, name):
+    dataset = CIFAR[name]
+    written = write_cifar(tmp_path, monkeypatch, name)
 
     data = load_dataset(name, tmp_path, 32)
 
     train = [written[file] for file, _ in dataset.train_list]
+    key = "labels" if name == "cifar10" else "fine_labels"
     expected = np.concatenate([part["data"] for part in train]).reshape(-1, 3, 32, 32)
     assert np.array_equal(data.train.images.numpy(), expected)
     assert data.train.targets.tolist() == [label for part in train for label in part[key]]
     assert len(data.test.targets) == 2
-    assert data.classes == names[dataset.meta["key"]]
+    assert data.classes == written[dataset.meta["filename"]][dataset.meta["key"]]
 
 
 def test_svhn(tmp_path, monkeypatch):
@@ -433,15 +455,192 @@ def test_stl10(tmp_path, monkeypatch):
     assert data.train.targets.tolist() == [0, 9, 1]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
-def test_no_network_is_said_in_one_line(tmp_path, monkeypatch, name):
+def test_stl10_without_names_of_classes(tmp_path, monkeypatch):
+    (tmp_path / datasets.STL10.base_folder).mkdir()
+    for part in ("train", "test"):
+        np.zeros(3 * 96 * 96, np.uint8).tofile(tmp_path / "stl10_binary" / f"{part}_X.bin")
+        np.ones(1, np.uint8).tofile(tmp_path / "stl10_binary" / f"{part}_y.bin")
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    with pytest.raises(InputError, match=r"class_names\.txt does not name 10 classes"):
+        load_dataset("stl10", tmp_path, 96)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise URLError("no route to host")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
+def test_no_network_is_said_in_one_line(tmp_path, no_network, name):
     with pytest.raises(InputError, match=r"could not be downloaded .*no route to host") as caught:
+        load_dataset(name, tmp_path / "new\nline", DATASETS[name].image_size)
+    assert str(caught.value).isprintable()
+
+
+def test_a_download_that_breaks_off_is_said_in_one_line(tmp_path, monkeypatch):
+    def break_off(*args, **kwargs):
+        raise http.client.IncompleteRead(b"")  # not an OSError
+
+    monkeypatch.setattr("urllib.request.urlopen", break_off)
+    with pytest.raises(InputError, match="IncompleteRead"):
+        load_dataset("svhn", tmp_path, 32)
+
+
+# archives, and the pickles in them
+
+
+def member(name, kind=tarfile.REGTYPE, to="", contents=b"hostile"):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, to
+    info.size = len(contents) if kind == tarfile.REGTYPE else 0
+    return info, io.BytesIO(contents)
+
+
+def write_archive(data_dir, monkeypatch, dataset, members):
+    """The archive of a data set, whose hash torchvision is told."""
+    data_dir.mkdir(exist_ok=True)
+    archive = data_dir / dataset.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        for info, contents in members:
+            tar.addfile(info, contents)
+    monkeypatch.setattr(dataset, "tgz_md5", md5(archive))
+    return archive
+
+
+def cifar_members(written):
+    for file, contents in written.items():
+        yield member(f"{datasets.CIFAR10.base_folder}/{file}", contents=pickle.dumps(contents))
+
+
+@pytest.fixture
+def cifar_archive(tmp_path, monkeypatch, no_network):
+    """data/, with an archive of CIFAR-10 that is not extracted yet."""
+    data_dir = tmp_path / "data"
+    written = write_cifar(data_dir, monkeypatch, "cifar10")
+    shutil.rmtree(data_dir / datasets.CIFAR10.base_folder)
+    write_archive(data_dir, monkeypatch, datasets.CIFAR10, cifar_members(written))
+    return data_dir
+
+
+def test_an_archive_is_extracted(cifar_archive):
+    before = vars(tarfile.TarFile)["extraction_filter"]
+    assert len(load_dataset("cifar10", cifar_archive, 32).train.targets) == 10
+    assert vars(tarfile.TarFile)["extraction_filter"] is before
+
+
+def test_an_archive_is_extracted_to_the_data_dir_and_not_home(cifar_archive, monkeypatch):
+    home = cifar_archive.parent / "home"
+    home.mkdir()
+    cifar_archive.rename(cifar_archive.parent / "~")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home.parent)
+    assert len(load_dataset("cifar10", "~", 32).train.targets) == 10
+    assert not list(home.iterdir())
+
+
+HOSTILE = {
+    "parent": lambda out: [member("../outside")],
+    "parent of a folder in it": lambda out: [
+        member("a", tarfile.DIRTYPE), member("a/../../outside")
+    ],
+    "absolute": lambda out: [member(f"{out}/outside")],
+    "link": lambda out: [member("a", tarfile.SYMTYPE, ".."), member("a/outside")],
+    "absolute link": lambda out: [member("a", tarfile.SYMTYPE, str(out)), member("a/outside")],
+    "hard link": lambda out: [member("a", tarfile.LNKTYPE, "../secret"), member("a")],
+    "links in it": lambda out: [
+        member("a", tarfile.SYMTYPE, "."), member("b", tarfile.SYMTYPE, "a/.."), member("b/outside")
+    ],
+    "pipe": lambda out: [member("a", tarfile.FIFOTYPE)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", ["cifar10", "stl10"])
+def test_an_archive_stays_in_the_data_dir(tmp_path, monkeypatch, no_network, name, kind):
+    dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10}[name]
+    write_archive(tmp_path / "data", monkeypatch, dataset, HOSTILE[kind](tmp_path))
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    before = vars(tarfile.TarFile)["extraction_filter"]
+
+    with pytest.raises(InputError, match="could not be downloaded and read") as caught:
         load_dataset(name, tmp_path / "data", DATASETS[name].image_size)
-    assert "\n" not in str(caught.value)
+
+    assert str(caught.value).isprintable()
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "secret"}
+    assert (secret.read_text(), secret.stat().st_nlink) == ("secret", 1)
+    assert not any(p.is_symlink() or p.is_fifo() for p in tmp_path.rglob("*"))
+    assert vars(tarfile.TarFile)["extraction_filter"] is before
+
+
+def test_an_archive_of_another_hash_is_not_extracted(cifar_archive, monkeypatch):
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(InputError, match="no route to host"):
+        load_dataset("cifar10", cifar_archive, 32)
+    assert not (cifar_archive / datasets.CIFAR10.base_folder).exists()
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:-60], lambda x: b"", lambda x: b"no archive",
+                                    lambda x: x[:200] + bytes(50) + x[250:]])  # fmt: skip
+def test_a_damaged_archive_is_said_in_one_line(cifar_archive, monkeypatch, damage):
+    """Even if it has the right hash."""
+    archive = cifar_archive / datasets.CIFAR10.filename
+    archive.write_bytes(damage(archive.read_bytes()))
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(archive))
+    with pytest.raises(InputError, match="could not be downloaded and read") as caught:
+        load_dataset("cifar10", cifar_archive, 32)
+    assert str(caught.value).isprintable()
+
+
+def test_a_python_that_cannot_extract_safely_does_not(cifar_archive, monkeypatch):
+    with monkeypatch.context() as old:
+        old.delattr(tarfile, "data_filter")
+        with pytest.raises(InputError, match=r"Python before 3\.11\.4 cannot extract it safely"):
+            load_dataset("cifar10", cifar_archive, 32)
+    assert not (cifar_archive / datasets.CIFAR10.base_folder).exists()
+    load_dataset("cifar10", cifar_archive, 32)
+    monkeypatch.delattr(tarfile, "data_filter")
+    assert len(load_dataset("cifar10", cifar_archive, 32).train.targets) == 10
+
+
+class RunsCode:
+    """Pickled, it makes a folder where it is loaded."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [(name, file) for name, dataset in CIFAR.items()
+     for file, _ in [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], None)]],
+)  # fmt: skip
+def test_a_pickle_of_another_hash_is_not_loaded(tmp_path, monkeypatch, no_network, name, file):
+    write_cifar(tmp_path / "data", monkeypatch, name)
+    path = tmp_path / "data" / CIFAR[name].base_folder / file
+    path.write_bytes(pickle.dumps(RunsCode(tmp_path / "has run")))
+    with pytest.raises(InputError, match="could not be downloaded and read"):
+        load_dataset(name, tmp_path / "data", 32)
+    assert not (tmp_path / "has run").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "has run").exists()  # it would have
+
+
+def test_a_pickle_of_another_hash_is_not_loaded_from_an_archive(cifar_archive, monkeypatch):
+    """Even if the archive has the right one."""
+    trace = cifar_archive.parent / "has run"
+    bomb = dict.fromkeys(["data_batch_1", "test_batch", "batches.meta"], RunsCode(trace))
+    write_archive(cifar_archive, monkeypatch, datasets.CIFAR10, cifar_members(bomb))
+    with pytest.raises(InputError, match="could not be downloaded and read"):
+        load_dataset("cifar10", cifar_archive, 32)
+    assert (cifar_archive / datasets.CIFAR10.base_folder / "data_batch_1").exists()
+    assert not trace.exists()
 
 
 # folder
