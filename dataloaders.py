@@ -6,6 +6,7 @@ CUDA device they travel while the batch before them is computed with.
 """
 
 import os
+import stat
 import tarfile
 import warnings
 from collections import deque
@@ -209,9 +210,11 @@ def _folder(
         differ = sorted(set(train) ^ set(test))
         where = "train" if differ[0] in train else "test"
         raise InputError(
-            f"train and test must have the same classes, but {', '.join(differ)} "
-            f"{'is' if len(differ) == 1 else 'are'} only in one of them "
-            f"({differ[0]}: {data_dir / where})"
+            _printable(
+                f"train and test must have the same classes, but {', '.join(differ)} "
+                f"{'is' if len(differ) == 1 else 'are'} only in one of them "
+                f"({differ[0]}: {data_dir / where})"
+            )
         )
     train = {name: paths[:limit_per_class] for name, paths in train.items()}
     return ImageData(_decode(train, image_size), _decode(test, image_size), list(train))
@@ -228,24 +231,52 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its image files, both sorted by name, hidden ones left out; InputError if none."""
+    """Class -> its image files, both sorted by name, hidden ones left out; links are followed.
+
+    InputError if there are none, a link leads nowhere, or what should be an image is no file.
+    """
     where = "data_dir must hold train/<class>/* and test/<class>/*"
     try:
-        names = sorted(x.name for x in folder.iterdir() if x.is_dir() and not _is_hidden(x))
+        names = sorted(x.name for x in folder.iterdir() if not _is_hidden(x) and _is_folder(x))
         files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in names}
     except OSError as error:
         raise InputError(
-            f"cannot read the images in {folder}: {one_line(error)}; {where}"
+            _printable(f"cannot read the images in {folder}: {one_line(error)}; {where}")
         ) from error
     empty = [name for name in names if not files[name]]
     if empty or not names:
         what = f"classes without an image: {', '.join(empty)}" if empty else "no classes"
-        raise InputError(f"{folder} holds {what}; {where}")
+        raise InputError(_printable(f"{folder} holds {what}; {where}"))
     return files
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not _is_hidden(path)
+    """By its name; InputError if that is the name of an image, but of neither a file nor folder."""
+    if path.suffix.lower() not in IMG_EXTENSIONS or _is_hidden(path):
+        return False
+    mode = _mode(path)
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to read a pipe may take for ever
+        raise InputError(_printable(f"{path} is not a file; take it out of the data set"))
+    return stat.S_ISREG(mode)
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """What kind of file it is or links to, as `stat` has it; InputError if it links to nothing."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise InputError(
+            _printable(
+                f"{path} is a link that cannot be followed ({error.strerror}); "
+                "mend it or take it out of the data set"
+            )
+        ) from error
 
 
 def _is_hidden(path: Path) -> bool:
@@ -268,23 +299,42 @@ def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
 
 
 def _decode_image(path: Path, image_size: int) -> Tensor:
-    """(3, image_size, image_size) uint8 RGB; another size is resized, its aspect not kept."""
+    """(3, image_size, image_size) uint8 RGB; another size is resized, its aspect not kept.
+
+    Of several frames or pages it is the first. Transparency is dropped: a pixel has the colour
+    that it would have without.
+    """
     try:
         with Image.open(path) as image:
+            _check_header(image)
             image = _eight_bits(image).convert("RGB")
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow does not say what its decoders raise
-        raise InputError(f"{path} is not an image that can be read: {one_line(error)}") from error
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        why = one_line(error)
+        if isinstance(error, Image.DecompressionBombError):
+            why = f"{why.rstrip('.')}; make it smaller"
+        raise InputError(_printable(f"{path} is not an image that can be read: {why}")) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _check_header(image: Image.Image) -> None:
+    """Refuse what should not be decoded, before it is."""
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow lets twice as many pass
+        raise Image.DecompressionBombError(
+            f"it has {image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
+        )
+    if image.format == "EPS":  # whatever the suffix says; Pillow would have Ghostscript run it
+        raise ValueError("it is PostScript, a program; convert it")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits, which Pillow would clip; ValueError for what has no range."""
-    if image.mode.startswith("I;16"):
+    of_pgm = image.mode == "I" and image.format == "PPM"  # Pillow has scaled these to 16 bits
+    if image.mode.startswith("I;16") or of_pgm:
         return Image.fromarray((np.array(image) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits; convert it to 8 or 16")
+        raise ValueError("its pixels have 32 bits or a sign; convert it to 8 or 16 without")
     return image
 
 

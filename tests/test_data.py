@@ -6,8 +6,10 @@ import io
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import weakref
+import zlib
 from urllib.error import URLError
 
 import numpy as np
@@ -691,9 +693,11 @@ def test_folder_converts_to_rgb_and_resizes(folder, mode, pixel, rgb):
     assert torch.equal(image, torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
 
 
-def test_folder_scales_16_bits_to_8(folder):
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_folder_scales_16_bits_to_8(folder, suffix):
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    Image.fromarray(ramp).save(folder / "train" / "ant" / "0.png")
+    (folder / "train" / "ant" / "0.png").unlink()
+    Image.fromarray(ramp).save(folder / "train" / "ant" / f"0.{suffix}")
     image = load_dataset("folder", folder, 32).train.images[0]
     assert np.array_equal(image[0].numpy(), np.floor(ramp / 257).astype(np.uint8))
 
@@ -704,9 +708,23 @@ def test_folder_refuses_32_bits(folder):
         load_dataset("folder", folder, 32)
 
 
-def test_folder_refuses_a_huge_image(folder):
-    Image.new("1", (20000, 20000)).save(folder / "train" / "ant" / "0.png")
-    with pytest.raises(InputError, match=r"0\.png is not an image that can be read"):
+@pytest.mark.parametrize(("width", "height"), [(10000, 9000), (20000, 20000), (2**31 - 1, 1)])
+def test_folder_refuses_a_huge_image_by_its_header(folder, width, height):
+    """Pillow warns of the first one only; there is nothing to decode in them."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [struct.pack(">I", 13), header, struct.pack(">I", zlib.crc32(header))]
+    path = folder / "train" / "ant" / "0.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+    size = rf"({width}x{height}|{width * height}) pixels"
+    with pytest.raises(InputError, match=rf"0\.png is not .*{size}.*; make it smaller"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_has_no_program_run_for_an_image(folder, monkeypatch):
+    path = folder / "train" / "ant" / "0.png"
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    with pytest.raises(InputError, match=r"0\.png is not .*it is PostScript"):
         load_dataset("folder", folder, 32)
 
 
@@ -722,6 +740,74 @@ def test_folder_reads_the_files_of_a_class_and_no_folders_in_it(folder):
     (folder / "train" / "ant" / "loop").symlink_to(folder / "train" / "ant")
     (folder / "train" / "ant" / "more.png").mkdir()
     assert len(load_dataset("folder", folder, 32).train.targets) == 9
+
+
+@pytest.mark.parametrize("where", ["train", "train/ant"])
+@pytest.mark.parametrize("to", ["nowhere", "x.png"])
+def test_folder_refuses_a_link_that_cannot_be_followed(folder, where, to):
+    (folder / where / "x.png").symlink_to(to)
+    with pytest.raises(InputError, match=r"x\.png is a link that cannot be followed"):
+        load_dataset("folder", folder, 32)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_folder_refuses_what_may_be_read_for_ever(folder, make):
+    make(folder / "test" / "ant" / "x.png")
+    with pytest.raises(InputError, match=r"x\.png is not a file"):
+        load_dataset("folder", folder, 32)
+
+
+def test_folder_follows_links(folder):
+    plain = load_dataset("folder", folder, 32)
+    (folder / "train" / "ant").rename(folder / "elsewhere")
+    (folder / "train" / "ant").symlink_to(folder / "elsewhere")
+    (folder / "elsewhere" / "2.png").rename(folder / "image")
+    (folder / "elsewhere" / "2.png").symlink_to("../image")
+    linked = load_dataset("folder", folder, 32)
+    assert torch.equal(linked.train.images, plain.train.images)
+    assert linked.classes == plain.classes
+
+
+@pytest.mark.parametrize("name", ["new\nline", "\udcff", "\x1b[2J", "\u202e"])
+def test_folder_says_odd_names_on_one_line(folder, name):
+    """Of classes in one part only, without an image, and of images."""
+    (folder / "train" / name).mkdir()
+    for what in ("classes without an image", "only in one of them", "not an image"):
+        with pytest.raises(InputError, match=what) as caught:
+            load_dataset("folder", folder, 32)
+        assert str(caught.value).isprintable()
+        if what == "classes without an image":
+            shutil.copy(folder / "train" / "ant" / "0.png", folder / "train" / name / "0.png")
+        else:
+            (folder / "test" / name).mkdir(exist_ok=True)
+            (folder / "test" / name / f"{name}.png").write_bytes(b"")
+
+
+def test_folder_with_an_image_that_may_not_be_read(folder, monkeypatch):
+    """From within the folder, for pytest's own are closed to others."""
+    folder.chmod(0o755)
+    (folder / "train" / "ant" / "0.png").chmod(0)
+    monkeypatch.chdir(folder)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match=r"0\.png is not an image .*Permission denied"):
+            load_dataset("folder", ".", 32)
+    finally:
+        os.seteuid(user)
+
+
+def test_folder_with_an_image_that_vanishes(folder, monkeypatch):
+    decode = dataloaders._decode
+
+    def remove_and_decode(files, image_size):
+        files["ant"][0].unlink()
+        return decode(files, image_size)
+
+    monkeypatch.setattr(dataloaders, "_decode", remove_and_decode)
+    with pytest.raises(InputError, match=r"0\.png is not an image .*No such file"):
+        load_dataset("folder", folder, 32)
 
 
 def test_folder_resizes_smoothly(folder):
