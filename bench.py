@@ -31,8 +31,8 @@ from engine import Totals, make_optimizers, tensors_alive, train_step
 from memory import MIB, PeakMemory
 from models import build_network
 from options import Parser, read_options, whole
-from speed import compile_errors, ready, set_switches
-from train import choose_device, device_name, network_arguments
+from speed import choose_device, compile_errors, device_name, ready, set_switches
+from train import network_arguments
 
 PLAIN = (
     "--no-channels_last --amp off --compile False --context_group 0 --recompute False "

@@ -196,6 +196,7 @@ experiment() {
         return
     fi
     prepare
+    trap 'exit 143' TERM # when the run that is on has ended: a scheduler signals that one too
     check "${calls[0]}"
     for call in "${calls[@]}"; do
         count=$((count + 1))
@@ -223,6 +224,8 @@ check() {
     eval "set -- $1"
     .venv/bin/python -c '
 import sys
+from interrupts import INTERRUPTS
+INTERRUPTS.install()
 from configs import InputError
 from options import read_options
 sys.argv.pop(0)
@@ -230,7 +233,7 @@ try:
     read_options(sys.argv[1:])
 except InputError as error:
     sys.exit(f"train.py: error: {error}")
-' "$@" || exit 2
+' "$@" || exit $(($? == 1 ? 2 : $?))
 }
 
 # A line for each experiment: its name, its number of runs a seed, and what its function says.

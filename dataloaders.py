@@ -388,8 +388,8 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.split.targets) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images (N, 3, S, S) float32 and targets (N,) int64.
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images (N, 3, S, S) float32 and targets (N,) int64, without the first `skip`.
 
         What is random depends on (seed, epoch) alone, not on the device or the batch size.
         """
@@ -398,8 +398,11 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         corners = torch.randint(2 * pad + 1, (count, 2), generator=generator).to(self.device)
         flips = (torch.rand(count, generator=generator) < 0.5).to(self.device)
-        drawn = (x.split(self.batch_size) for x in (corners, flips))
-        return map(self._finished, self._samples(order), *drawn)  # map keeps no batch alive
+        start = skip * self.batch_size
+        if start >= count:
+            return iter(())
+        drawn = (x[start:].split(self.batch_size) for x in (corners, flips))
+        return map(self._finished, self._samples(order[start:]), *drawn)  # map keeps no batch alive
 
     def _samples(self, order: Tensor) -> Iterator[Sequence[Tensor]]:
         """Batches of bytes (N, 3, S, S) and targets (N,) on the device, in this order (count,)."""
@@ -493,7 +496,10 @@ def pinned_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def epoch_seed(seed: int, epoch: int, stream: int) -> int:
-    """A seed for torch that depends on all three (0 or more each): stream 0 data, 1 dropout."""
+    """A seed for torch that depends on all three (0 or more each).
+
+    Stream 0 is of the epoch's data, stream n of what its step n draws (dropout).
+    """
     state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 

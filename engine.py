@@ -32,14 +32,23 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine
 class Totals:
     """Each module's loss and wrong answers, summed over an epoch.
 
-    The sums stay on the device: adding to them does not wait for it, reading them does.
+    The sums stay on the device: adding to them does not wait for it, reading them does. The first
+    loss that is not finite is remembered there too: a sum that has become NaN or infinite stays so,
+    and the steps of each module before that are counted.
+
+    Attributes:
+        samples, steps: in the sums.
+        seconds: that the steps took, for who measures it.
+        full: size of the largest batch among them.
     """
 
     def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
         self.modules = network.local_modules
-        self.samples = 0
+        self.samples = self.steps = self.full = 0
+        self.seconds = 0.0
         self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
         self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
+        self._finite_steps = torch.zeros(len(self.modules), dtype=torch.int64, device=device)
 
     def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
         """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
@@ -47,7 +56,10 @@ class Totals:
         if self.modules[index].task.classifies:
             self._wrong[index] += (output.argmax(dim=1) != targets).sum()
         if index == len(self.modules) - 1:
+            self._finite_steps += self._losses.isfinite()
             self.samples += len(targets)
+            self.steps += 1
+            self.full = max(self.full, len(targets))
 
     def losses(self) -> list[float]:
         """Mean loss of each module."""
@@ -57,6 +69,35 @@ class Totals:
         """Error rate of each module's head in percent; None where it does not classify."""
         errors = (100 * self._wrong / self.samples).tolist()
         return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
+
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """Module and step, from 1, of the first loss that was NaN or infinite, if one was."""
+        finite = self._finite_steps.tolist()
+        fewest = min(finite)
+        return (finite.index(fewest), fewest + 1) if fewest < self.steps else None
+
+    def state(self) -> dict[str, Tensor | int]:
+        """All of it, to go on from with `load`."""
+        return {
+            "losses": self._losses, "wrong": self._wrong, "finite_steps": self._finite_steps,
+            "samples": self.samples, "steps": self.steps, "full": self.full,
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Tensor | int]) -> None:
+        """Go on from a `state`; ValueError if it is not one of a network with as many modules."""
+        if state.keys() != self.state().keys():
+            raise ValueError(f"it has {', '.join(map(str, state)) or 'nothing'}")
+        for name, own in self.state().items():
+            value = state[name]
+            if type(value) is not type(own):
+                raise ValueError(f"its {name} are {value!r}")
+            if not isinstance(own, Tensor):
+                setattr(self, name, value)
+            elif value.shape != own.shape or value.dtype != own.dtype:
+                raise ValueError(f"its {name} are {value.dtype} of shape {list(value.shape)}")
+            else:
+                own.copy_(value)
 
 
 class LocalSGD(torch.optim.SGD):
@@ -125,19 +166,25 @@ def train_one_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     peak: PeakMemory,
     report: Callable[[int, Totals], None],
+    totals: Totals | None = None,
+    seed_of: Callable[[int], int] | None = None,
 ) -> Totals:
-    """One pass over `batches` of images (N, 3, H, W) and targets (N,).
+    """One pass over `batches` of images (N, 3, H, W) and targets (N,), or the rest of one.
 
-    `report(step, totals)` is called after each step, from 1.
+    Args:
+        report: `report(step, totals)` is called after each step, from 1.
+        totals: of the steps of this epoch that were taken before, whose batches are left out.
+        seed_of: seed of torch's generators in a step, so that dropout draws the same wherever an
+            epoch is taken up again; without it they run on.
     """
     network.train()
-    totals = Totals(network, peak.device)
-    full = 0
-    for step, (images, targets) in enumerate(batches, start=1):
-        full = max(full, len(targets))
+    totals = totals or Totals(network, peak.device)
+    for step, (images, targets) in enumerate(batches, start=totals.steps + 1):
+        if seed_of is not None:
+            torch.manual_seed(seed_of(step))
         alive = partial(tensors_alive, network, optimizers, images, targets)
         # The last batch of an epoch may be smaller: code of its own would cost more than it saves.
-        rare = network.eagerly() if len(targets) < full else nullcontext()
+        rare = network.eagerly() if len(targets) < totals.full else nullcontext()
         with rare, peak.step(len(targets), alive):
             for _ in train_step(network, optimizers, images, targets, totals):
                 pass

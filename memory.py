@@ -124,6 +124,24 @@ class PeakMemory:
             self._meter, self._watched = AllocatedBytes, (1, 2, 3)
             self.how = "the CPU allocator's record of the first full training steps"
 
+    def state(self) -> dict[str, int | str]:
+        """All of it, to go on from with `load`."""
+        return {
+            "bytes": self.bytes, "largest": self._largest_batch, "steps": self._steps,
+            "how": self.how,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, int | str]) -> None:
+        """Go on from the `state` of steps of the same kind; that of others is left alone.
+
+        Compiled steps on the CPU that have not all been watched are watched anew, since they are
+        compiled anew.
+        """
+        watching = self._meter is AllocatedBytes and state["steps"] < max(self._watched)
+        if state["how"] == self.how and not watching:
+            self.bytes, self._largest_batch = state["bytes"], state["largest"]
+            self._steps = state["steps"]
+
     @contextmanager
     def step(self, samples: int, alive: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         """Watch one training step.

@@ -71,6 +71,8 @@ def path(text: str) -> str:
     """The name of a file or folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("no name has a NUL in it")
     return text
 
 
@@ -219,6 +221,8 @@ def build_parser() -> Parser:
         help="index of the experiment; goes into the name of the run folder")
     add("--checkpoint", type=path, default=".", metavar="DIR",
         help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
+    add("--checkpoint_every", type=whole(1), metavar="N",
+        help="steps between two checkpoints within an epoch (default: one when it ends)")
     add("--resume", type=path, metavar="CKPT",
         help="continue from a checkpoint of this project (with its options, where no others are "
         "given) or of the authors' release; auto: from the run folder's own where there is one, "
@@ -226,7 +230,14 @@ def build_parser() -> Parser:
     add("--evaluate", type=path, metavar="CKPT",
         help="print the test error of such a checkpoint, and end")
     add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
-        help="steps between two lines of output")
+        help="steps between two lines of output, and between two looks at whether the losses are "
+        "finite")
+    add("--deterministic", **switch,
+        help="the same bits in every run on this machine; slower: on CUDA by deterministic "
+        "algorithms, on the CPU by one thread")
+    add("--detect_anomaly", **switch,
+        help="look at the result of every operation, and end at the first that makes a NaN or an "
+        "infinity; very slow")
     return parser
 # fmt: on
 
@@ -240,18 +251,25 @@ NETWORK_OPTIONS = (
 """Options that are arguments of `build_network`."""
 
 NOT_OF_THE_RUN = (
-    "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq"
+    "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq",
+    "detect_anomaly",
 )  # fmt: skip
 """Options that say how and where to run, not what: a checkpoint does not hold them."""
 
-NOT_OF_THE_LEARNING = (*NOT_OF_THE_RUN, "data_dir", "checkpoint", "name", "no")
+NOT_OF_THE_LEARNING = (
+    *NOT_OF_THE_RUN, "data_dir", "checkpoint", "checkpoint_every", "name", "no",
+)  # fmt: skip
 """Options that say nothing of what is learned."""
 
 MEMORY_AND_SPEED = (
     "context_group", "recompute",
-    "compile", "channels_last", "cudnn_benchmark", "data_on_device", "keep_heap",
+    "compile", "channels_last", "cudnn_benchmark", "data_on_device", "keep_heap", "deterministic",
 )  # fmt: skip
 """Options with the same learning but for memory and speed: a continuation may change them."""
+
+
+OF_THE_STEPS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class")
+"""Options that say which images are in which step of an epoch."""
 
 
 def data_name(options: dict[str, object]) -> str:
@@ -279,7 +297,10 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
         if checkpoint.options:
             check_cuts_stay(options, checkpoint.options)
         options = parser.parse_args(as_arguments(checkpoint.options) + argv)
+        if "checkpoint" in checkpoint.options and parser.parse_args(argv).checkpoint == ".":
+            check_folder_stays(options)
         call_equal_cuts_equal(options)
+    check_ways(options)
     return fill_in(options), checkpoint
 
 
@@ -300,6 +321,29 @@ def check_cuts_stay(options: argparse.Namespace, kept: dict[str, object]) -> Non
         typed = getattr(options, name)
         if typed and typed != kept.get(name):
             raise InputError(f"the checkpoint has cuts of its own: leave --{name} out")
+
+
+def check_folder_stays(options: argparse.Namespace) -> None:
+    """InputError if a file's own options would have checkpoints written out of the run folder.
+
+    Where that file lies is as good.
+    """
+    folder, lies_in = Path(options.checkpoint), Path(options.resume or options.evaluate).parent
+    inside = not folder.is_absolute() and ".." not in folder.parts
+    if not inside and folder.resolve() != lies_in.resolve():
+        raise InputError(
+            f"the checkpoint's options name a folder out of the run's, {options.checkpoint}: "
+            "say with --checkpoint where checkpoints are to go"
+        )
+
+
+def check_ways(options: argparse.Namespace) -> None:
+    """InputError if options, typed or a checkpoint's, are ways to run that exclude each other."""
+    if options.deterministic and options.cudnn_benchmark:
+        raise InputError("--cudnn_benchmark takes what is fastest at the time, so not with "
+                         "--deterministic: leave one of them out")  # fmt: skip
+    if options.detect_anomaly and options.compile:
+        raise InputError("--detect_anomaly sees into no compiled step: give --compile False")
 
 
 def check_together(options: argparse.Namespace) -> None:
@@ -330,9 +374,15 @@ def check_together(options: argparse.Namespace) -> None:
 
 
 def as_arguments(options: dict[str, object]) -> list[str]:
-    """Options as they would be typed."""
+    """Options as they would be typed.
+
+    Raises InputError for what is no value of an option, or an option that is not a run's: they may
+    come from a file that was handed in.
+    """
     arguments = []
     for name, value in options.items():
+        if name in NOT_OF_THE_RUN or not _is_value(value):
+            raise InputError(f"the checkpoint's options have {name} {value!r}, which no run has")
         if value is not None:
             dashed = f"--{name.replace('_', '-')}" if name == "no_augment" else f"--{name}"
             if isinstance(value, list):
@@ -340,6 +390,14 @@ def as_arguments(options: dict[str, object]) -> list[str]:
             else:
                 arguments.append(f"{dashed}={value}")
     return arguments
+
+
+def _is_value(value: object) -> bool:
+    """Plain, or a list of numbers and cuts: no text that could be taken for another option."""
+    if isinstance(value, list):
+        flat = [x for item in value for x in (item if isinstance(item, list | tuple) else [item])]
+        return all(type(x) in (int, float) for x in flat)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _as_typed(value: object) -> str:

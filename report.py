@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from configs import InputError, one_line
+from files import replacing, write_text
 from grids import TABLES, Grid, Group, Table, fill_grids, group_records
 from memory import MIB
-from models.checkpoint import replacing
 from options import Defaults, Parser
 from report_figures import draw_figures
 from results import Cell, Setting, Statistic, make_cell, read_records
@@ -163,8 +163,7 @@ def write_report(roots: list[Path], folder: Path) -> tuple[list[Path], list[str]
     written = []
 
     def write(name: str, text: str) -> None:
-        with replacing(folder / name) as unfinished:
-            unfinished.write_text(text)
+        write_text(folder / name, text)
         written.append(folder / name)
 
     try:
@@ -175,8 +174,8 @@ def write_report(roots: list[Path], folder: Path) -> tuple[list[Path], list[str]
             header = ["setting", "quantity", "method", *(f"K={K}" for K in table.columns)]
             write(f"{table.name}.csv", csv_text(header, csv_rows(grids)))
         for name, figure in draw_figures(records, notes):
-            with replacing(folder / f"{name}.png") as unfinished:
-                figure.savefig(unfinished, format="png", dpi=120)
+            with replacing(folder / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=120)
             written.append(folder / f"{name}.png")
         groups = group_records(records)
         write("all_runs.md", all_runs_markdown(groups, notes))

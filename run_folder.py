@@ -1,27 +1,30 @@
-"""A run's folder: config.json, metrics.jsonl, TensorBoard events, checkpoints, summary.json."""
+"""A run's folder: what is in it, who may write to it, and what it is called."""
 
 import argparse
 import contextlib
 import json
 import math
-import platform
+import os
+import re
+import socket
 import statistics
+import sys
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-import figures
+from board import Board
 from configs import InputError, one_line
-from memory import MIB, PeakMemory
-from models.checkpoint import Checkpoint, replacing
+from console import note
+from files import write_json, write_text
+from memory import PeakMemory
+from models.checkpoint import Checkpoint, read_checkpoint
 from options import (
     MEMORY_AND_SPEED,
     NOT_OF_THE_LEARNING,
@@ -30,13 +33,24 @@ from options import (
     data_name,
     fill_in,
 )
+from provenance import git_state, versions
 
-FIRST_HPARAMS = ("context_mode", "layers", "local_loss_mode", "local_module_num", "seed")
-"""TensorBoard shows five options unasked: these, not the first five of the alphabet."""
+LOCK = ".lock"
+"""File in a run folder with the pid of the process that trains into it."""
+
+LONGEST_NAME = 200
+"""Bytes of a run folder's name; file systems take 255."""
+
+ELSEWHERE = "choose another --output_dir, --name or --no"
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, TensorBoard events, checkpoints and summary.json of one run."""
+    """config.json, metrics.jsonl, TensorBoard events, checkpoints and summary.json of one run.
+
+    Attributes:
+        options: those that make the run.
+        history: the metrics of its epochs, one dict each; metrics.jsonl is made of them.
+    """
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self.path = path
@@ -45,46 +59,71 @@ class RunFolder:
         self.best = path / options.checkpoint / "model_best.pt"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.json"
+        self.environment = path / "environment.jsonl"
         self.summary = path / "summary.json"
         self.plan = path / "plan.json"
+        self.history: list[dict] = []
+        self._metrics_are_whole = True
 
     def check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
         """InputError if training here would overwrite or mix up an earlier run.
 
         Args:
-            resumed, checkpoint: file and contents of what the run continues from, if it does. With
-                `auto`, a first epoch that was cut off before its checkpoint is not in the way.
+            resumed, checkpoint: file and contents of what the run continues from, if it does.
+                `auto` is for a run that has no whole checkpoint, and is begun again.
         """
-        elsewhere = "choose another --output_dir, --name or --no"
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file, so it can't be the run folder: {elsewhere}")
+            raise InputError(f"{self.path} is a file, so it can't be the run folder: {ELSEWHERE}")
         kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
-        no_state = {self.summary, self.checkpoint}.isdisjoint(kept)
-        cut_off = no_state and len(read_metrics(self.metrics)) < 2
-        if not kept or (resumed == "auto" and cut_off):
+        if not kept:
             return
         what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
-        if not self.checkpoint.exists():
-            raise InputError(f"{what} without a checkpoint to continue from: {elsewhere}")
+        if resumed == "auto":
+            earlier = _json_in(self.config)
+            if self.summary in kept or not earlier:
+                raise InputError(f"{what} without a checkpoint to continue from: {ELSEWHERE}")
+            self._check_same(earlier, what)
+            if earlier.get("checkpoint") != self.options["checkpoint"]:
+                raise InputError(f"{what} with --checkpoint {earlier.get('checkpoint')}: give that")
+            return
+        if not self.checkpoint.exists() and not self.best.exists():
+            raise InputError(f"{what} without a checkpoint to continue from: {ELSEWHERE}")
         if resumed is None:
             how = "continue it with" if self.summary not in kept else "look at it with"
             option = "--resume" if self.summary not in kept else "--evaluate"
-            raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {elsewhere}")
-        if not Path(resumed).samefile(self.checkpoint):
-            raise InputError(f"{what} that {resumed} is not the state of: {elsewhere}")
-        if changed := self._changed(checkpoint.options):
-            raise InputError(f"{what} of other options ({'; '.join(changed)}): {elsewhere}")
+            raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {ELSEWHERE}")
+        if not _is_same(resumed, self.checkpoint) and not _is_same(resumed, self.newest()):
+            raise InputError(f"{what} that {resumed} is not the state of: {ELSEWHERE}")
+        self._check_same(checkpoint.options, what)
+
+    def _check_same(self, earlier: dict[str, object], what: str) -> None:
+        if changed := self._changed(earlier):
+            raise InputError(f"{what} of other options ({'; '.join(changed)}): {ELSEWHERE}")
+
+    def newest(self) -> Path | None:
+        """The whole checkpoint with the most steps, if there is one."""
+        whole = [(s.epoch, s.step, p) for p, s in self._states() if isinstance(s, Checkpoint)]
+        return max(whole, key=lambda each: each[:2])[2] if whole else None
+
+    def _states(self) -> Iterator[tuple[Path, Checkpoint | InputError]]:
+        """The files in the place of checkpoints, and what they hold or why they are none."""
+        for path in filter(_holds, (self.checkpoint, self.best)):
+            try:
+                yield path, read_checkpoint(path)
+            except InputError as error:
+                yield path, error
 
     def is_finished(self) -> bool:
         """Whether a run with the same learning has left its summary here."""
         config = _config_in(self.summary)
-        return config is not None and not self._changed(config)
+        ended = isinstance((_json_in(self.summary) or {}).get("error_last"), int | float)
+        return ended and bool(config) and not self._changed(config)
 
     def is_planned(self) -> bool:
         """Whether the plan of a run with the same options is here."""
         config = _config_in(self.plan)
         return (
-            config is not None
+            bool(config)
             and config.keys() == self.options.keys()
             and not self._changed(config, but=NOT_OF_THE_LEARNING)
         )
@@ -105,113 +144,107 @@ class RunFolder:
             if name in before.keys() - {*but, *open_yet} and before[name] != value
         ]
 
-    def open(self, epochs_done: int) -> None:
-        """Make the folder; of a run that goes on, keep the metrics of the epochs done.
+    def history_of(self, resumed: str | None, checkpoint: Checkpoint | None) -> list[dict]:
+        """The metrics of the epochs done of a run that goes on here; of one from elsewhere none."""
+        if checkpoint is None or not (
+            _is_same(resumed, self.checkpoint) or _is_same(resumed, self.best)
+        ):
+            return []
+        written = read_metrics(self.metrics)  # all that there is of a run of an earlier version
+        before = [m for m in written if m.get("epoch", math.inf) <= checkpoint.epoch]
+        return list(checkpoint.history) or before
+
+    def open(self, resumed: str | None, checkpoint: Checkpoint | None, device: str) -> None:
+        """Make the folder and begin to write, after a `checkpoint` that was `resumed`, if one was.
 
         Raises InputError if it cannot be written.
         """
-        kept = [m for m in read_metrics(self.metrics) if m["epoch"] <= epochs_done]
+        self.history = self.history_of(resumed, checkpoint)
+        done = checkpoint.epoch if checkpoint is not None else 0
+        start = {
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "epoch": done,
+            "step": checkpoint.step if checkpoint is not None else 0,
+            "command": sys.argv,
+            "host": socket.gethostname(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "git": git_state(),
+            "versions": versions(),
+        }
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            for path, state in self._states():
+                if isinstance(state, InputError):
+                    kept = path.rename(path.with_name(path.name + ".damaged"))
+                    note(f"{state}; it is kept as {kept.name}")
             write_json(self.config, self.options)
-            with replacing(self.metrics) as unfinished:
-                unfinished.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            self._write_metrics()
+            with self.environment.open("a") as file:
+                file.write(json.dumps(start) + "\n")
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.path}: {one_line(error)}"
             ) from error
-        self.events = SummaryWriter(str(self.path), purge_step=epochs_done + 1)
+        self.board = Board(self.path, done + 1, note)
 
-    def add_epoch(self, metrics: dict) -> None:
-        """Append to metrics.jsonl and TensorBoard."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            if name == "epoch":
-                continue
-            if isinstance(value, list):
-                scalars = {f"{name}/module_{index:02}": v for index, v in enumerate(value)}
+    def add_epoch(self, metrics: dict, rows: dict[str, Tensor]) -> None:
+        """Append to metrics.jsonl and to TensorBoard, there with rows of reconstructed images.
+
+        If they cannot be written, that is said once and the run goes on.
+        """
+        self.history.append(metrics)
+        try:
+            if self._metrics_are_whole:
+                self._metrics_are_whole = False
+                with self.metrics.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                self._metrics_are_whole = True
             else:
-                scalars = {f"epoch/{name}": value}
-            for tag, scalar in scalars.items():
-                if scalar is not None:
-                    self.events.add_scalar(tag, scalar, metrics["epoch"])
-        errors = {"test": metrics["test_errors"], "train": metrics["train_errors"]}
-        if len(errors["test"]) > 1 and None not in errors["test"]:
-            modules = range(len(errors["test"]))
-            lines = [figures.Line("test", modules, errors["test"]),
-                     figures.Line("train", modules, errors["train"], dashed=True)]  # fmt: skip
-            drawn = figures.error_by_depth({"": lines}, f"epoch {metrics['epoch']}")
-            self.events.add_figure("error_by_depth", drawn, metrics["epoch"])
-        self.events.flush()
+                self._write_metrics()
+        except OSError as error:
+            note(f"{self.metrics} can't be written ({one_line(error)}): the run goes on, and "
+                      "checkpoint.pt has the metrics")  # fmt: skip
+        self.board.add_epoch(metrics)
+        self.board.add_reconstructions(rows, metrics["epoch"])
 
-    def add_reconstructions(self, rows: dict[str, Tensor], epoch: int) -> None:
-        """Rows of images (N, 3, H, W) in [0, 1] by their label, to TensorBoard; none: nothing."""
-        if not rows:
-            return
-        title = f"epoch {epoch}: what the decoder at each cut makes of its features"
-        self.events.add_figure("reconstructions", figures.image_rows(rows, title), epoch)
-        self.events.flush()
-
-    def add_hparams(self, summary: dict) -> None:
-        """Options and how it ended to TensorBoard's HParams tab."""
-        options = {
-            name: value if isinstance(value, bool | int | float) else str(value)
-            for name, value in self.options.items()
-            if name not in NOT_OF_THE_LEARNING
-        }
-        results = {
-            "final/error_last": summary["error_last"],
-            "final/error_best": summary["error_best"],
-            "final/peak_memory_MiB": summary["peak_memory_bytes"] / MIB,
-        }
-        columns, start, end = hparams(options, results)
-        plugin_data = columns.value[0].metadata.plugin_data
-        described = HParamsPluginData.FromString(plugin_data.content)
-        for option in described.experiment.hparam_infos:
-            option.differs = option.name in FIRST_HPARAMS  # TensorBoard lists such ones first
-        plugin_data.content = described.SerializeToString()
-        for entry in (columns, start, end):
-            self.events.file_writer.add_summary(entry)
-        for name, value in results.items():
-            self.events.add_scalar(name, value, summary["epochs"])
+    def _write_metrics(self) -> None:
+        write_text(self.metrics, "".join(json.dumps(m) + "\n" for m in self.history))
+        self._metrics_are_whole = True
 
     def best_error(self) -> float:
         """Lowest test error of the epochs so far in percent; infinite before the first."""
-        return min((m["test_error"] for m in read_metrics(self.metrics)), default=math.inf)
+        return min((m["test_error"] for m in self.history), default=math.inf)
 
     def add_summary(
         self, peak: PeakMemory, device: str, parameters: dict[str, int], data_bytes: int
     ) -> dict:
-        """Write and return summary.json, close the events; errors in percent, memory in bytes.
+        """Write and return summary.json, close TensorBoard; errors in percent, memory in bytes.
 
-        The peak is that of the steps since the run was last continued, as the options are: those
-        before may have had others for memory and speed.
+        The peak is that of the steps since options for memory and speed were last changed. Raises
+        OSError.
         """
-        metrics = read_metrics(self.metrics)
+        last = self.history[-1]
         summary = {
-            "error_last": metrics[-1]["test_error"],
+            "error_last": last["test_error"],
             "error_best": self.best_error(),
-            "peak_memory_bytes": peak.bytes or metrics[-1]["peak_memory_bytes"],
+            "peak_memory_bytes": peak.bytes or last["peak_memory_bytes"],
             "peak_memory_how": peak.how,
             "data_on_device_bytes": data_bytes,
             "samples_per_second": statistics.harmonic_mean(
-                m["samples_per_second"] for m in metrics
+                m["samples_per_second"] for m in self.history
             ),
             "device": device,
             "parameters": parameters,
-            "epochs": metrics[-1]["epoch"],
+            "epochs": last["epoch"],
             "seed": self.options["seed"],
             "config": self.options,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "numpy": np.__version__,
-            },
+            "git": git_state(),
+            "versions": versions(),
         }
-        self.add_hparams(summary)
-        self.events.close()
+        of_learning = {k: v for k, v in self.options.items() if k not in NOT_OF_THE_LEARNING}
+        self.board.add_hparams(of_learning, summary)
+        self._write_metrics()
         write_json(self.summary, summary)
         return summary
 
@@ -222,15 +255,50 @@ class RunFolder:
         """
         earlier = _config_in(self.plan) or {}
         if changed := self._changed(earlier, but=NOT_OF_THE_LEARNING):
-            raise InputError(
-                f"{self.plan} is of other options ({'; '.join(changed)}): choose another "
-                "--output_dir, --name or --no"
-            )
+            raise InputError(f"{self.plan} is of other options ({'; '.join(changed)}): {ELSEWHERE}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.plan, plan | {"config": self.options})
         except OSError as error:
             raise InputError(f"cannot write {self.plan}: {one_line(error)}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process trains into a run folder.
+
+    It is made for that where it is not there, and unmade if nothing is put into it. The system
+    gives up the lock of a process that dies: a stale lock file is in nobody's way.
+
+    Raises InputError if another process has it, or if it cannot be written.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{path} is in use by {_owner(path)}: wait, or {ELSEWHERE}") from error
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {path}: {one_line(error)}") from error
+    try:
+        with contextlib.suppress(OSError):
+            (path / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        return (path / LOCK).read_text().strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -261,7 +329,12 @@ def run_name(options: argparse.Namespace) -> str:
         f"K{options.local_module_num}", options.context_mode, options.local_loss_mode,
         *unusual_options(vars(options), said),
     ]  # fmt: skip
-    return "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
+    name = "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
+    name = re.sub(r"[^\w.+-]", "-", name)  # one folder, whatever was typed
+    if len(name.encode()) > LONGEST_NAME:
+        kept = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+        name = f"{kept}_{zlib.crc32(name.encode()):08x}"
+    return name
 
 
 def unusual_options(options: dict[str, object], but: Collection[str]) -> list[str]:
@@ -293,19 +366,19 @@ def read_metrics(path: Path) -> list[dict]:
     return [m for m in metrics if isinstance(m, dict)]
 
 
-def write_json(path: Path, contents: dict) -> None:
-    """Write a JSON file; an earlier one of that name stays until the new one is complete."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(contents, indent=2) + "\n")
-
-
 def _config_in(path: Path) -> dict | None:
     """The options that a summary.json or plan.json is of; None if it is not one."""
-    try:
-        config = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    config = (_json_in(path) or {}).get("config")
     return config if isinstance(config, dict) else None
+
+
+def _json_in(path: Path) -> dict | None:
+    """The object in a JSON file; None if there is none."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return contents if isinstance(contents, dict) else None
 
 
 def _comparable(options: dict[str, object]) -> dict[str, object]:
@@ -316,3 +389,8 @@ def _comparable(options: dict[str, object]) -> dict[str, object]:
 
 def _holds(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
+
+
+def _is_same(a: str | Path | None, b: Path | None) -> bool:
+    """Whether both are there, and one file."""
+    return None not in (a, b) and Path(a).exists() and b.exists() and b.samefile(a)

@@ -1,21 +1,56 @@
-"""Process-wide switches for speed, and how a network is made ready for them."""
+"""The device, process-wide switches for it, and how a network is made ready for both."""
 
 import logging
+import os
 import time
 
 import torch
 
+from configs import InputError
 from memory import keep_heap
 from models import ContSupNetwork
 
 
-def set_switches(
-    device: torch.device, *, cudnn_benchmark: bool, tf32: bool, keeps_heap: bool
-) -> None:
-    """What holds for the whole process: `--cudnn_benchmark`, `--tf32`, `--keep_heap`.
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here: "
+            "use --device cpu or auto"
+        )
+    return device
 
-    Without `tf32` float32 is float32 everywhere; PyTorch's own default is TF32 in convs.
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or a CUDA device with its model."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def set_switches(
+    device: torch.device,
+    *,
+    cudnn_benchmark: bool,
+    tf32: bool,
+    keeps_heap: bool,
+    deterministic: bool = False,
+) -> None:
+    """What holds for the whole process: `--cudnn_benchmark`, `--tf32`, `--keep_heap` and
+    `--deterministic`.
+
+    Without `tf32` float32 is float32 everywhere; PyTorch's own default is TF32 in convs. What has
+    no deterministic algorithm raises RuntimeError when it is `deterministic`.
     """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it wakes
+        if device.type == "cpu":  # sums are split among threads, so their number is in the bits
+            torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32

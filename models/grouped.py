@@ -282,7 +282,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average pool to `size`; x itself where it has that already."""
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+    if x.shape[-2:] == size:
+        return x
+    if torch.are_deterministic_algorithms_enabled():
+        rows, columns = _averages(x, size)
+        return rows @ x @ columns.T
+    return F.adaptive_avg_pool2d(x, size)
 
 
 def _pool_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -291,6 +296,23 @@ def _pool_backward(grad: Tensor, x: Tensor) -> Tensor:
         return grad
     (height, width), pooled = x.shape[-2:], grad.shape[-2:]
     if height % pooled[0] or width % pooled[1]:
+        if torch.are_deterministic_algorithms_enabled():
+            rows, columns = _averages(x, pooled)
+            return rows.T @ grad.to(x.dtype) @ columns
         return aten._adaptive_avg_pool2d_backward(grad, x)
     share = pooled.numel() / (height * width)
     return F.interpolate(grad, (height, width), mode="nearest").mul_(share)
+
+
+def _averages(x: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Matrices (S, H) and (S, W) that pool x (N, C, H, W) as adaptive pooling does.
+
+    Its backward on CUDA adds in any order; that of a matrix product does not.
+    """
+    matrices = []
+    for count, total in zip(size, x.shape[-2:], strict=True):
+        row = torch.arange(count, device=x.device)[:, None]
+        column = torch.arange(total, device=x.device)
+        averaged = (column >= row * total // count) & (column * count < (row + 1) * total)
+        matrices.append((averaged / averaged.sum(1, keepdim=True)).to(x.dtype))
+    return matrices

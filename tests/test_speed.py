@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 import models.grouped
 import speed
-import train
+import training
 from configs import InputError
 from dataloaders import load_dataset
 from engine import LocalSGD, Totals, evaluate, make_optimizers, train_one_epoch, train_step
@@ -654,7 +654,7 @@ def every_epoch_is_kept(monkeypatch):
         save_checkpoint(path, state)
         save_checkpoint(path.with_name(f"epoch_{state.epoch}.pt"), state)
 
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(training, "save_checkpoint", save)
 
 
 def test_fp16_resumed_ends_like_the_uninterrupted_run(train_py, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -20,10 +21,13 @@ import engine
 import figures
 import models
 import train
-from models.checkpoint import read_checkpoint
+import training
+from board import Board
+from interrupts import INTERRUPTS
+from models.checkpoint import load_momentum, momentum_by_name, read_checkpoint
 from models.official import official_names
 from options import build_parser, read_options
-from run_folder import RunFolder, run_name
+from run_folder import LOCK, RunFolder, run_name
 
 TINY_NET = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",
@@ -161,28 +165,28 @@ class StopHere(Exception):
 
 def cut_off_after(monkeypatch, epoch):
     """Stop a run where epoch `epoch` + 1 is in the metrics but not in a checkpoint."""
-    save = train.save_checkpoint
+    save = training.save_checkpoint
 
     def save_or_stop(path, state):
         if state.epoch > epoch:
             raise StopHere
         save(path, state)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_or_stop)
-    return lambda: monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(training, "save_checkpoint", save_or_stop)
+    return lambda: monkeypatch.setattr(training, "save_checkpoint", save)
 
 
 def interrupt_after(monkeypatch, epoch):
-    """Ctrl-C right after the checkpoint of an epoch."""
-    save = train.save_checkpoint
+    """Ctrl-C right after the checkpoint of an epoch: one more step is taken."""
+    save = training.save_checkpoint
 
     def save_and_stop(path, state):
         save(path, state)
-        if path.name == "checkpoint.pt" and state.epoch == epoch:
-            raise KeyboardInterrupt
+        if path.name == "checkpoint.pt" and (state.epoch, state.step) == (epoch, 0):
+            INTERRUPTS.handle(signal.SIGINT)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
-    return lambda: monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    return lambda: monkeypatch.setattr(training, "save_checkpoint", save)
 
 
 def test_resume_gives_what_an_uninterrupted_run_gives(monkeypatch, capsys):
@@ -260,8 +264,8 @@ def test_official_checkpoint_is_resumed_with_its_momentum(monkeypatch, capsys):
     checkpoint = read_checkpoint("official.pt")
     assert (checkpoint.epoch, checkpoint.official) == (2, True)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.local_modules]
-    train.load_momentum(optimizers, network, checkpoint)
-    for name, momentum in train.momentum_by_name(optimizers, network).items():
+    load_momentum(optimizers, network, checkpoint)
+    for name, momentum in momentum_by_name(optimizers, network).items():
         assert torch.all(momentum == parameters.index(names[name]))
 
     status, _, _ = main(
@@ -293,7 +297,7 @@ def test_momentum_of_another_architecture_is_refused(monkeypatch, capsys):
         (["--context_mode", "R1"], "another architecture: local_modules.1.context.recent_0"),
         (["--layers", "14"], "another architecture"),
         (["--aux_net_config", "2c2f"], "another architecture"),
-        (["--aux_net_feature_dim", "64"], "is [128, 32] and should be [64, 32]"),
+        (["--aux_net_feature_dim", "64"], "is float32 [128, 32] and should be float32 [64, 32]"),
     ],
 )
 @pytest.mark.parametrize("file", ["official.pt", "run/checkpoint.pt"])
@@ -392,7 +396,8 @@ def test_folder_run_is_evaluated_without_its_training_images(monkeypatch, capsys
 
 
 def snapshot(folder):
-    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != LOCK)
+    return {p: p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize(
@@ -482,17 +487,10 @@ def test_a_finished_run_goes_on_in_another_folder(monkeypatch, capsys):
 
 
 def test_interrupt_says_how_to_continue(monkeypatch, capsys):
-    evaluate = train.evaluate
-
-    def interrupted(network, batches, device):
-        if Path("run/checkpoint.pt").exists():
-            raise KeyboardInterrupt
-        return evaluate(network, batches, device)
-
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    interrupt_after(monkeypatch, 1)
     status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
     assert status == 130
-    assert "continue with --resume run/checkpoint.pt" in err[-1]
+    assert "stopped by SIGINT; continue with --resume run/checkpoint.pt" in err[-1]
     assert len(metrics_of("run")) == 1
 
 
@@ -772,8 +770,8 @@ def test_without_softmax_heads_there_is_no_error_by_depth(monkeypatch, capsys, m
 
 def test_reconstructions_of_eight_images_at_each_cut(monkeypatch, capsys):
     shown = []
-    add = RunFolder.add_reconstructions
-    monkeypatch.setattr(RunFolder, "add_reconstructions", lambda *a: shown.append(a[1]) or add(*a))
+    add = Board.add_reconstructions
+    monkeypatch.setattr(Board, "add_reconstructions", lambda *a: shown.append(a[1]) or add(*a))
     method = ["--context_mode", "R1E", "--layers", "8", "--local_module_num", "4"]
     decoders = ["--h_reconstruct", "--loss_scale", "5", "0.1", "1", "1"]
     assert main(monkeypatch, capsys, *TINY, *method, *decoders, "--output_dir", "run")[0] == 0
@@ -858,10 +856,9 @@ def test_hyper_parameters_stand_beside_how_it_ended(monkeypatch, capsys):
 
 def test_last_and_best_error_are_not_mixed_up():
     folder = RunFolder(Path("run"), options_of(*PUBLISHED))
-    folder.open(0)
+    folder.open(None, None, "cpu")
     ended = {"error_last": 7.0, "error_best": 5.0, "peak_memory_bytes": 3 * 2**20, "epochs": 4}
-    folder.add_hparams(ended)
-    folder.events.close()
+    folder.board.add_hparams({"seed": 1}, ended)
     scalars = {tag: [(e.step, e.value) for e in events_of("run").Scalars(tag)]
                for tag in events_of("run").Tags()["scalars"]}  # fmt: skip
     assert scalars == {
@@ -897,9 +894,9 @@ def test_an_epoch_begun_again_is_drawn_once():
     folder = RunFolder(Path("run"), options_of(*PUBLISHED))
     errors = {"test_errors": [2.0, 1.0], "train_errors": [2.0, 1.0]}
     for value in (7.0, 5.0):  # the first was cut off before its checkpoint
-        folder.open(epochs_done=0)
-        folder.add_epoch({"epoch": 1, "test_error": value} | errors)
-        folder.events.close()
+        folder.open(None, None, "cpu")
+        folder.add_epoch({"epoch": 1, "test_error": value} | errors, {})
+        folder.board.events.close()
         time.sleep(1.1)  # files of events are sorted by the second that they begin in
     assert [e.value for e in events_of("run").Scalars("epoch/test_error")] == [5.0]
 
@@ -940,20 +937,33 @@ def test_auto_mends_a_damaged_summary(monkeypatch, capsys, left):
 
 
 def test_auto_starts_afresh_before_the_first_checkpoint(monkeypatch, capsys):
-    Path("run").mkdir()
-    Path("run/metrics.jsonl").write_text('{"epoch": 1, "test_error": 0.0}\n')
     method = [*TINY, "--output_dir", "run"]
+    undo = cut_off_after(monkeypatch, 0)
+    with pytest.raises(StopHere):
+        main(monkeypatch, capsys, *method)
+    undo()
+    assert len(metrics_of("run")) == 1
     assert main(monkeypatch, capsys, *method)[0] == 2
-    Path("run/model_best.pt").write_text("written just before")
+    for other in (["--lr", "0.2"], ["--checkpoint", "elsewhere"]):
+        before = snapshot("run")
+        status, _, err = main(monkeypatch, capsys, *method, "--resume", "auto", *other)
+        assert (status, len(err)) == (2, 1)
+        assert other[0].strip("-") in err[0]
+        assert snapshot("run") == before
     assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 0
     assert [m["epoch"] for m in metrics_of("run")] == [1, 2, 3]
-    for file in ("summary.json", "checkpoint.pt"):
-        (Path("run") / file).unlink()
-    two = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)[:2]
-    Path("run/metrics.jsonl").write_text("".join(two))
-    best = Path("run/model_best.pt").read_bytes()  # of more than a first epoch: not to be lost
-    assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 2
-    assert Path("run/model_best.pt").read_bytes() == best
+
+
+def test_auto_does_not_begin_again_what_is_finished(monkeypatch, capsys):
+    method = [*TINY, "--output_dir", "run", "--resume", "auto"]
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    for file in ("checkpoint.pt", "model_best.pt"):
+        Path("run", file).unlink()
+    before = snapshot("run")
+    status, _, err = main(monkeypatch, capsys, *method, "--lr", "0.2")
+    assert (status, len(err)) == (2, 1)
+    assert "holds a finished run without a checkpoint" in err[0]
+    assert snapshot("run") == before
 
 
 def test_auto_overwrites_no_other_run(monkeypatch, capsys):

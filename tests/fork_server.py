@@ -1,0 +1,164 @@
+"""Runs of train.py as processes of their own, which die at moments that a test chooses.
+
+Importing takes seconds, so it is done once, in a server that forks for each run. As a script this
+file is that server: a JSON object a line comes in for each run, one goes out when it has ended.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Ended(NamedTuple):
+    """How a run ended: status as in subprocess, lines of its output, lines that the trace saw."""
+
+    status: int
+    out: list[str]
+    err: list[str]
+    lines: int
+
+
+class Server:
+    """Starts runs; use it with `with`. Paths are seen from `folder`."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], cwd=self.folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def start(self, *arguments, **plan):
+        """Begin a run; its pid. The plan says what happens to it.
+
+        Args:
+            after: kill it after so many seconds.
+            line, files: at the so-maniest line run in these files of the project (default: in
+                those that train and write) ...
+            send: ... have it send itself these signals (default: SIGKILL).
+            limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
+            stdout: what that is, if not a file to be read here.
+        """
+        arguments = [str(argument) for argument in arguments]
+        self.process.stdin.write(json.dumps({"arguments": arguments, **plan}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """How the run that was started last ended."""
+        self.process.stdin.write('"wait"\n')
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        out, err = (self._lines(name) for name in ("stdout", "stderr"))
+        return Ended(status, out, err, int((self._lines("lines") or ["0"])[0]))
+
+    def run(self, *arguments, **plan):
+        """Start and wait."""
+        self.start(*arguments, **plan)
+        return self.wait()
+
+    def _lines(self, name):
+        path = self.folder / f"fork_server.{name}"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------
+# The server's side
+
+TRAINING = ["train.py", "training.py", "engine.py", "run_folder.py", "board.py", "files.py",
+            "models/checkpoint.py"]  # fmt: skip
+
+
+def child(arguments, plan):
+    """What a forked process does; it does not return."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        path = plan.get(name, f"fork_server.{name}")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    import train
+    from interrupts import INTERRUPTS
+
+    INTERRUPTS.install()
+    if limit := plan.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if plan.get("deadly"):
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    counted = trace(plan) if "line" in plan else [0]
+    sys.argv = ["train.py", *arguments]
+    status = train.main()
+    Path("fork_server.lines").write_text(str(counted[0]))
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def trace(plan):
+    """Send signals at a line; gives the count of lines, in a list."""
+    files = {str(ROOT / name) for name in plan.get("files", TRAINING)}
+    counted = [0]
+
+    def count(frame, event, _):
+        if event == "line":
+            counted[0] += 1
+            if counted[0] == plan["line"]:
+                for name in plan.get("send", ["SIGKILL"]):
+                    os.kill(os.getpid(), getattr(signal, name))
+        return count
+
+    sys.settrace(lambda frame, event, _: count if frame.f_code.co_filename in files else None)
+    return counted
+
+
+def serve():
+    """Fork for each line that comes in."""
+    import pytest
+    import torch
+    from cli import few_test_images
+
+    import train  # noqa: F401
+
+    torch.set_num_threads(1)
+    few_test_images(pytest.MonkeyPatch())  # for good
+    pid = deadline = None
+    for line in sys.stdin:
+        plan = json.loads(line)
+        if plan == "wait":
+            print(wait(pid, deadline), flush=True)
+            continue
+        Path("fork_server.lines").unlink(missing_ok=True)
+        pid = os.fork()
+        if not pid:
+            child(plan.pop("arguments"), plan)
+        deadline = time.monotonic() + plan["after"] if "after" in plan else None
+        print(pid, flush=True)
+
+
+def wait(pid, deadline):
+    """Exit status of a child, or minus its signal; killed at its deadline."""
+    while deadline is not None and time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    if deadline is not None:
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    serve()

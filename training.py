@@ -1,0 +1,255 @@
+"""A run's training, from where it stands to its summary: the epochs, and how nothing is lost."""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from anomaly import FirstAnomaly
+from configs import InputError, one_line
+from console import Progress, print_epoch, print_summary
+from dataloaders import Batches, epoch_seed
+from engine import (
+    Totals,
+    evaluate,
+    learning_rate,
+    make_optimizers,
+    reconstructions,
+    tensors_alive,
+    train_one_epoch,
+)
+from interrupts import INTERRUPTS, Interrupted
+from memory import PeakMemory
+from models import ContSupNetwork
+from models.checkpoint import (
+    CannotSave,
+    Checkpoint,
+    load_momentum,
+    momentum_by_name,
+    save_checkpoint,
+)
+from options import MEMORY_AND_SPEED, OF_THE_STEPS
+from run_folder import RunFolder
+from speed import CompileTime, device_name
+
+
+class Diverged(Exception):
+    """A loss, or what a checkpoint would keep, is NaN or infinite."""
+
+
+class Training:
+    """Where a run's training stands, and how it goes on.
+
+    Attributes:
+        epoch: epochs done.
+        totals: of the epoch under way.
+    """
+
+    def __init__(
+        self,
+        network: ContSupNetwork,
+        options: argparse.Namespace,
+        folder: RunFolder,
+        train_batches: Batches,
+        test_batches: Batches,
+        classes: list[str],
+        compile_time: CompileTime | None,
+    ) -> None:
+        self.network, self.options, self.folder = network, options, folder
+        self.train_batches, self.test_batches, self.classes = train_batches, test_batches, classes
+        self.compile_time = compile_time
+        self.device = train_batches.device
+        self.data_bytes = train_batches.device_bytes + test_batches.device_bytes
+        self.optimizers = make_optimizers(network)
+        self.peak = PeakMemory(self.device, compiled=options.compile, apart=self.data_bytes)
+        self.epoch = 0
+        self.totals = Totals(network, self.device)
+        self.shown = test_batches.spread(8)
+
+    # Where it stands
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint whose weights the network has.
+
+        Raises InputError if it is not of this network, or in the middle of an epoch of other steps.
+        """
+        load_momentum(self.optimizers, self.network, checkpoint)
+        scalers = [o.scaler for o in self.optimizers if o.scaler.is_enabled()]
+        if scalers and checkpoint.scalers:
+            if len(scalers) != len(checkpoint.scalers):
+                raise InputError("the checkpoint's loss scalers are of another number of modules")
+            for scaler, state in zip(scalers, checkpoint.scalers, strict=True):
+                scaler.load_state_dict(state)
+        self.epoch = checkpoint.epoch
+        if checkpoint.totals:
+            self._check_steps(checkpoint)
+        try:
+            if checkpoint.totals:
+                self.totals.load(checkpoint.totals)
+            if checkpoint.peak and not self._changed(checkpoint, MEMORY_AND_SPEED):
+                self.peak.load(checkpoint.peak)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint's sums are of another run: {one_line(error)}"
+            ) from error
+
+    def _check_steps(self, checkpoint: Checkpoint) -> None:
+        where = f"the checkpoint is in the middle of epoch {self.epoch + 1}"
+        if changed := self._changed(checkpoint, OF_THE_STEPS):
+            raise InputError(f"{where}, so {', '.join(changed)} must stay as it was")
+        if not 0 < checkpoint.step <= len(self.train_batches):
+            raise InputError(
+                f"{where}, after step {checkpoint.step} of the {len(self.train_batches)} "
+                "that the data make: are they the same?"
+            )
+
+    def _changed(self, checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+        return [n for n in names if checkpoint.options.get(n) != getattr(self.options, n)]
+
+    def save(self) -> None:
+        """Put checkpoint.pt in the place of the last; raises CannotSave, and Diverged before."""
+        self.check_state()
+        save_checkpoint(self.folder.checkpoint, self.checkpoint())
+
+    def checkpoint(self) -> Checkpoint:
+        """All that it takes to go on from here to the same bits."""
+        return Checkpoint(
+            epoch=self.epoch,
+            state_dict=self.network.state_dict(),
+            momentum=momentum_by_name(self.optimizers, self.network),
+            options=self.folder.options,
+            classes=self.classes,
+            scalers=[o.scaler.state_dict() for o in self.optimizers if o.scaler.is_enabled()],
+            totals=self.totals.state() if self.totals.steps else {},
+            history=self.folder.history,
+            peak=self.peak.state(),
+        )
+
+    # Whether it is sound
+
+    def check_losses(self, losses: list[float]) -> None:
+        """Raise Diverged unless the mean losses are finite; then only, the device is asked more."""
+        if not all(map(math.isfinite, losses)):
+            module, step = self.totals.first_not_finite()
+            raise Diverged(
+                f"the loss of module {module} is not finite from step {step} of epoch "
+                f"{self.epoch + 1} on"
+            )
+
+    def check_state(self) -> None:
+        """Raise Diverged unless the losses, and all that a checkpoint keeps, are finite."""
+        if self.totals.steps:
+            self.check_losses(self.totals.losses())
+        for module, optimizer in zip(self.network.local_modules, self.optimizers, strict=True):
+            kept = tensors_alive(module, [optimizer])
+            if not torch.stack([tensor.isfinite().all() for tensor in kept]).all():
+                steps = f"step {self.totals.steps} of " if self.totals.steps else ""
+                epoch = self.epoch + bool(steps)
+                raise Diverged(f"module {module.index} is not finite after {steps}epoch {epoch}")
+
+    # How it goes on
+
+    def run(self) -> None:
+        """All steps that are left, and the summary.
+
+        Raises Interrupted when that was asked for, after a checkpoint; Diverged and CannotSave,
+        either of which leaves the last checkpoint as it was.
+        """
+        with INTERRUPTS.held():
+            try:
+                while self.epoch < self.options.epochs:
+                    self.run_epoch(self.epoch + 1)
+            except Interrupted:
+                self.save()
+                raise
+            try:
+                summary = self.folder.add_summary(
+                    self.peak, device_name(self.device), self.network.parameter_counts(),
+                    self.data_bytes,
+                )  # fmt: skip
+            except OSError as error:
+                what = f"cannot write {self.folder.summary}: {one_line(error)}"
+                raise CannotSave(what) from error
+        print_summary(summary, self.folder.path)
+
+    def run_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are left, its evaluation, its line and its checkpoint."""
+        o = self.options
+        lr = learning_rate(epoch, o.epochs, o.lr, o.warmup_epochs, o.cos_lr)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+        self.train(epoch)
+        local_losses, train_errors = self.totals.losses(), self.totals.errors()
+        tested = evaluate(self.network, unless_asked(self.test_batches.epoch(0)), self.device)
+        test_errors = tested.errors()
+        if bad := tested.first_not_finite():
+            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
+        metrics = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": local_losses[-1],
+            "train_error": train_errors[-1],
+            "local_losses": local_losses,
+            "train_errors": train_errors,
+            "test_loss": tested.losses()[-1],
+            "test_error": test_errors[-1],
+            "test_errors": test_errors,
+            "samples_per_second": self.totals.samples / self.totals.seconds,
+            "peak_memory_bytes": self.peak.bytes,
+        }
+        self.check_state()
+        is_best = test_errors[-1] < self.folder.best_error()
+        self.folder.add_epoch(metrics, reconstructions(self.network, self.shown.to(self.device)))
+        print_epoch(metrics, o.epochs)
+        self.epoch, self.totals = epoch, Totals(self.network, self.device)
+        if is_best:  # first: were it second, a run cut off between the two would never write it
+            save_checkpoint(self.folder.best, self.checkpoint())
+        self.save()
+
+    def train(self, epoch: int) -> None:
+        """The steps of an epoch that are left."""
+        steps, every = len(self.train_batches), self.options.checkpoint_every
+        earlier, start = self.totals.seconds, time.perf_counter()
+
+        def after_step(step: int, totals: Totals) -> None:
+            is_last = step == steps
+            losses = None
+            if is_last or step % self.options.print_freq == 0:
+                losses = totals.losses()
+                self.check_losses(losses)
+            totals.seconds = earlier + time.perf_counter() - start
+            progress(step, losses)
+            INTERRUPTS.check()
+            if every and step % every == 0 and not is_last:
+                self.save()
+
+        with (
+            Progress(
+                epoch, self.options.epochs, steps, self.compile_time, done=self.totals.steps
+            ) as progress,
+            self.watched(),
+        ):
+            train_one_epoch(
+                self.network, self.optimizers,
+                self.train_batches.epoch(epoch, skip=self.totals.steps),
+                self.peak, after_step, self.totals,
+                seed_of=partial(epoch_seed, self.options.seed, epoch),
+            )  # fmt: skip
+
+    def watched(self) -> AbstractContextManager:
+        """With --detect_anomaly each operation is; losses scaled for float16 may overflow."""
+        if not self.options.detect_anomaly:
+            return nullcontext()
+        return FirstAnomaly(self.network, backward=self.options.amp != "fp16")
+
+
+def unless_asked(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, until the process is asked to stop: then Interrupted."""
+    for batch in batches:
+        INTERRUPTS.check()
+        yield batch
