@@ -63,7 +63,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.plan = path / "plan.json"
         self.history: list[dict] = []
-        self._metrics_are_whole = True
+        self._metrics_are_whole, self._told = True, False
 
     def check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
         """InputError if training here would overwrite or mix up an earlier run.
@@ -72,9 +72,13 @@ class RunFolder:
             resumed, checkpoint: file and contents of what the run continues from, if it does.
                 `auto` is for a run that has no whole checkpoint, and is begun again.
         """
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            is_file = self.path.exists() and not self.path.is_dir()
+            kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if holds(p)]
+        except OSError as error:  # such as a name that is too long
+            raise InputError(f"{self.path} can't be the run folder: {one_line(error)}") from error
+        if is_file:
             raise InputError(f"{self.path} is a file, so it can't be the run folder: {ELSEWHERE}")
-        kept = [p for p in (self.summary, self.checkpoint, self.best, self.metrics) if _holds(p)]
         if not kept:
             return
         what = f"{self.path} holds {'a finished' if self.summary in kept else 'an unfinished'} run"
@@ -107,7 +111,7 @@ class RunFolder:
 
     def _states(self) -> Iterator[tuple[Path, Checkpoint | InputError]]:
         """The files in the place of checkpoints, and what they hold or why they are none."""
-        for path in filter(_holds, (self.checkpoint, self.best)):
+        for path in filter(holds, (self.checkpoint, self.best)):
             try:
                 yield path, read_checkpoint(path)
             except InputError as error:
@@ -203,10 +207,17 @@ class RunFolder:
             else:
                 self._write_metrics()
         except OSError as error:
-            note(f"{self.metrics} can't be written ({one_line(error)}): the run goes on, and "
-                      "checkpoint.pt has the metrics")  # fmt: skip
+            self._tell_of_metrics(error)
         self.board.add_epoch(metrics)
         self.board.add_reconstructions(rows, metrics["epoch"])
+
+    def _tell_of_metrics(self, error: OSError) -> None:
+        if not self._told:
+            note(
+                f"{self.metrics} can't be written ({one_line(error)}): the run goes on, and "
+                "checkpoint.pt has the metrics"
+            )
+        self._told = True
 
     def _write_metrics(self) -> None:
         write_text(self.metrics, "".join(json.dumps(m) + "\n" for m in self.history))
@@ -387,7 +398,8 @@ def _comparable(options: dict[str, object]) -> dict[str, object]:
     return json.loads(json.dumps(options | named))
 
 
-def _holds(path: Path) -> bool:
+def holds(path: Path) -> bool:
+    """Whether a file is there, and not empty."""
     return path.exists() and path.stat().st_size > 0
 
 

@@ -34,7 +34,7 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from options import MEMORY_AND_SPEED, OF_THE_STEPS
-from run_folder import RunFolder
+from run_folder import RunFolder, holds
 from speed import CompileTime, device_name
 
 
@@ -164,6 +164,8 @@ class Training:
             try:
                 while self.epoch < self.options.epochs:
                     self.run_epoch(self.epoch + 1)
+                if not holds(self.folder.checkpoint):  # it was damaged, and model_best.pt the last
+                    self.save()
             except Interrupted:
                 self.save()
                 raise

@@ -1,9 +1,11 @@
-"""train.py and report.py as tests call them, within the process."""
+"""train.py and report.py as tests call them, within the process, and what a run leaves."""
 
+import json
 import sys
 from pathlib import Path
 
 import train
+from models.checkpoint import read_checkpoint
 
 
 def main(monkeypatch, capsys, *arguments, script=train):
@@ -26,3 +28,29 @@ def few_test_images(monkeypatch):
         return data._replace(test=type(data.test)(data.test.images[:40], data.test.targets[:40]))
 
     monkeypatch.setattr(train, "load_dataset", load_less)
+
+
+def lasting(figures):
+    """Metrics or a summary without the one figure that is of the clock."""
+    return {name: value for name, value in figures.items() if name != "samples_per_second"}
+
+
+def end_of(folder):
+    """All that a run leaves, to be compared by ==, tensors by their bits."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    summary = lasting(json.loads((folder / "summary.json").read_text()))
+    states = {}
+    for name in ("checkpoint.pt", "model_best.pt"):
+        state = read_checkpoint(folder / name)
+        assert state.step == 0
+        tensors = {f"{part} {n}": t.numpy().tobytes()
+                   for part in ("state_dict", "momentum")
+                   for n, t in getattr(state, part).items()}  # fmt: skip
+        others = state.epoch, state.options, state.classes, state.scalers, state.peak
+        states[name] = tensors, others, [*map(lasting, state.history)]
+    return {
+        "metrics": [lasting(json.loads(line)) for line in lines],
+        "summary": summary,
+        "config": (folder / "config.json").read_text(),
+        "states": states,
+    }

@@ -1,10 +1,10 @@
 """A run that was stopped at any moment, and goes on, ends as one that was not."""
 
-import json
 import random
 import signal
 
 import pytest
+from cli import end_of
 from fork_server import Server
 
 from models.checkpoint import read_checkpoint
@@ -44,32 +44,6 @@ def whole(server):
         return found[kind]
 
     return run
-
-
-def lasting(figures):
-    """Metrics or a summary without the one figure that is of the clock."""
-    return {name: value for name, value in figures.items() if name != "samples_per_second"}
-
-
-def end_of(folder):
-    """All that a run leaves, to be compared by ==, tensors by their bits."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    summary = lasting(json.loads((folder / "summary.json").read_text()))
-    states = {}
-    for name in ("checkpoint.pt", "model_best.pt"):
-        state = read_checkpoint(folder / name)
-        assert state.step == 0
-        tensors = {f"{part} {n}": t.numpy().tobytes()
-                   for part in ("state_dict", "momentum")
-                   for n, t in getattr(state, part).items()}  # fmt: skip
-        others = state.epoch, state.options, state.classes, state.scalers, state.peak
-        states[name] = tensors, others, [*map(lasting, state.history)]
-    return {
-        "metrics": [lasting(json.loads(line)) for line in lines],
-        "summary": summary,
-        "config": (folder / "config.json").read_text(),
-        "states": states,
-    }
 
 
 def assert_ends_like(folder, expected):

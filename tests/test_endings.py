@@ -1,0 +1,359 @@
+"""How runs end that can't go on: by signals, full disks, divergence, and other runs."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli import end_of, few_test_images, main
+from fork_server import ROOT, Server
+
+import board
+import engine
+import run_folder
+from models.checkpoint import read_checkpoint
+
+TINY = [
+    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
+    "--context_mode", "E", "--batch_size", "4", "--epochs", "3", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("runs")) as server:
+        yield server
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder for runs within the process, and a test split of 40 images."""
+    monkeypatch.chdir(tmp_path)
+    few_test_images(monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(server):
+    assert server.run(*TINY, "--output_dir", "whole").status == 0
+    return end_of(server.folder / "whole")
+
+
+def stopped_early(server, name):
+    """A run that was stopped in its first epoch or soon after; gives its checkpoint."""
+    ended = server.run(*TINY, "--output_dir", name, line=300, files=["engine.py"], send=["SIGTERM"])
+    assert ended.status == 143
+    checkpoint = server.folder / name / "checkpoint.pt"
+    assert read_checkpoint(checkpoint).epoch <= 1
+    return checkpoint
+
+
+# Signals
+
+
+def test_a_second_signal_stops_at_once(server):
+    checkpoint = stopped_early(server, "twice")
+    before = checkpoint.read_bytes()
+    for first, second, status in (("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)):
+        ended = server.run(
+            *TINY, "--output_dir", "twice", "--resume", "auto",
+            line=300, files=["engine.py"], send=[first, second],
+        )  # fmt: skip
+        assert (ended.status, ended.err[-1]) == (status, "stopped at once")
+        assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_python_imports(name, status):
+    command = [sys.executable, ROOT / "train.py", "--help"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    caught = Path(f"/proc/{process.pid}/status")
+    if not caught.exists():
+        process.communicate()
+        pytest.skip("/proc does not say which signals a process handles")
+    bit = 1 << (signal.SIGTERM - 1)
+    while not int(re.search(r"SigCgt:\s+(\w+)", caught.read_text())[1], 16) & bit:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.split()) == (status, "", ["interrupted"])
+
+
+# Full disks and unwritable folders
+
+
+def test_a_checkpoint_that_cannot_grow_leaves_the_last_one(server, whole):
+    checkpoint = stopped_early(server, "limited")
+    before = checkpoint.read_bytes()
+    method = [*TINY, "--output_dir", "limited", "--resume", "auto"]
+    ended = server.run(*method, limit=500_000)
+    assert ended.status == 1
+    (line,) = ended.err
+    assert re.match(r"train.py: error: cannot write limited/\S+\.pt: .*File too large", line)
+    assert line.endswith("continue with --resume limited/checkpoint.pt")
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob("*.tmp"))
+    assert server.run(*method).status == 0
+    assert end_of(checkpoint.parent) == whole
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(server, whole):
+    """A disk that the first epoch's two checkpoints fit on, and no third beside them."""
+    disk = server.folder / "disk"
+    with small_disk(disk, "2m"):
+        method = [*TINY, "--output_dir", "disk/run", "--resume", "auto"]
+        ended = server.run(*method)
+        assert ended.status == 1
+        assert "No space left on device; continue with --resume disk/run/" in ended.err[-1]
+        assert read_checkpoint(disk / "run/checkpoint.pt").epoch == 1
+        assert not list(disk.rglob("*.tmp"))
+        shutil.copytree(disk / "run", server.folder / "moved")  # to where there is room
+    assert server.run(*method[:-4], "--output_dir", "moved", "--resume", "auto").status == 0
+    assert end_of(server.folder / "moved") == whole
+
+
+def test_tensorboard_and_metrics_may_fail_but_not_the_summary(server, whole):
+    """A disk that takes the options, and then next to nothing; the checkpoints are elsewhere."""
+    disk, checkpoints = server.folder / "tiny_disk", server.folder / "checkpoints"
+    with small_disk(disk, "16k"):
+        method = [*TINY, "--output_dir", "tiny_disk", "--checkpoint", str(checkpoints)]
+        ended = server.run(*method)
+        assert ended.status == 1
+        metrics_note, board_note, summary_error = ended.err
+        assert re.match("train.py: note: TensorBoard's events can't be written", board_note)
+        assert re.match(r"train.py: note: tiny_disk/metrics.jsonl can't be written", metrics_note)
+        assert re.match(r"train.py: error: cannot write tiny_disk/summary.json", summary_error)
+        assert sum(line.startswith("epoch   3/3  lr") for line in ended.out) == 1
+        for path in disk.glob("events*"):
+            path.unlink()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert server.run(*method, "--resume", "auto").status == 0
+        shutil.copytree(disk, server.folder / "room")
+    for path in checkpoints.iterdir():
+        shutil.copy(path, server.folder / "room")
+    end = end_of(server.folder / "room")
+    assert end["metrics"] == whole["metrics"]
+    assert end["states"]["checkpoint.pt"][0] == whole["states"]["checkpoint.pt"][0]
+
+
+def test_a_failing_board_is_said_once(here, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(board.SummaryWriter, "add_scalar", fail)
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert (status, len(err)) == (0, 1)
+    assert "TensorBoard's events can't be written" in err[0]
+
+
+def test_metrics_that_failed_are_made_up_for(here, monkeypatch, capsys):
+    whole_open, failed = Path.open, []
+
+    def fail_once(path, mode="r", *args, **options):
+        if path.name == "metrics.jsonl" and mode == "a" and not failed:
+            failed.append(path)
+            with whole_open(path, "a") as file:
+                file.write('{"epoch": 1, "tr')  # and then the disk is full
+            raise OSError(28, "No space left on device")
+        return whole_open(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail_once)
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert (status, len(err), len(failed)) == (0, 1, 1)
+    assert "run/metrics.jsonl can't be written" in err[0]
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_output_that_cannot_be_written(server, whole):
+    ended = server.run(*TINY, "--output_dir", "silent", stdout="/dev/full")
+    assert ended.status == 0
+    (line,) = ended.err
+    assert "the output can't be written ([Errno 28] No space left on device)" in line
+    assert end_of(server.folder / "silent") == whole
+    for other in (["--dry_run"], ["--evaluate", "silent/checkpoint.pt"]):
+        ended = server.run(*TINY, *other, stdout="/dev/full")
+        assert (ended.status, len(ended.err)) == (1, 1), other
+        assert "No space left on device" in ended.err[0]
+
+
+def test_a_folder_that_cannot_be_made(here, monkeypatch, capsys):
+    for resume in ([], ["--resume", "auto"]):
+        folder = ["--output_dir", "/proc/version/run"]
+        status, _, err = main(monkeypatch, capsys, *TINY, *folder, *resume)
+        assert (status, len(err)) == (2, 1)
+        assert "cannot write the run folder /proc/version/run" in err[0]
+
+
+# Divergence
+
+
+def loss_by_loss(monkeypatch):
+    """Every loss of the training, as floats by (epoch, step, module), however it is summed."""
+    found, add = {}, engine.Totals.add
+
+    def note(self, index, loss, *others):
+        if torch.is_grad_enabled():
+            epoch = 1 + (len(found) // len(self.modules)) // 10
+            found[epoch, self.steps + 1, index] = float(loss)
+        add(self, index, loss, *others)
+
+    monkeypatch.setattr(engine.Totals, "add", note)
+    return found
+
+
+@pytest.mark.parametrize("lr", ["1000", "100", "30"])
+@pytest.mark.parametrize("print_freq", [1, 3])
+def test_a_loss_that_is_not_finite_ends_the_run(here, monkeypatch, capsys, lr, print_freq):
+    found = loss_by_loss(monkeypatch)
+    method = [*TINY, "--limit_per_class", "4", "--local_module_num", "3", "--context_mode", "R1E"]
+    status, _, err = main(
+        monkeypatch, capsys, *method, "--no-cos_lr", "--lr", lr, "-p", print_freq,
+        "--output_dir", "run",
+    )  # fmt: skip
+    assert (status, len(err)) == (3, 1)
+    (_, step, module) = next(where for where, loss in found.items() if not math.isfinite(loss))
+    assert f"the loss of module {module} is not finite from step {step} of epoch 1 on" in err[0]
+    last = max(step for _, step, _ in found)
+    assert last == min(10, math.ceil(step / print_freq) * print_freq)  # of 10 an epoch
+    assert not Path("run/checkpoint.pt").exists()
+
+
+def poison(monkeypatch, step, infinity):
+    """After so many steps of module 1, have a weight of it be not finite."""
+    count, take = [0], engine.LocalSGD.step_and_free
+
+    def take_and_poison(self):
+        take(self)
+        if self.param_groups[0]["params"][0].shape[0] == 32:  # module 1 begins at stage 2
+            count[0] += 1
+            if count[0] == step:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][-1][0] = infinity
+
+    monkeypatch.setattr(engine.LocalSGD, "step_and_free", take_and_poison)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "message"),
+    [
+        (10, [], "the test loss of module 1 is not finite after epoch 2"),
+        (7, ["--checkpoint_every", "2"], "module 1 is not finite after step 2 of epoch 2"),
+        (6, ["--checkpoint_every", "3", "-p", "100"], "of module 1 is not finite from step 2 of"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_weights_take_no_good_ones_place(
+    here, monkeypatch, capsys, step, options, message, value
+):
+    poison(monkeypatch, step, value)
+    method = [*TINY, "--context_mode", "R0", "--cuts", "1,0", *options]
+    status, _, err = main(monkeypatch, capsys, *method, "--output_dir", "run")
+    assert (status, len(err)) == (3, 1)
+    assert message in err[0]
+    assert "continue with --resume run/checkpoint.pt" in err[0]
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1
+    for name in ("checkpoint.pt", "model_best.pt"):
+        state = read_checkpoint(f"run/{name}")
+        assert state.epoch == 1
+        assert all(t.isfinite().all() for t in state.state_dict.values())
+
+
+def test_a_stopped_run_that_has_diverged_saves_nothing(here, monkeypatch, capsys):
+    from interrupts import INTERRUPTS
+
+    poison(monkeypatch, 6, math.nan)
+    take = engine.LocalSGD.step_and_free
+
+    def take_and_stop(self):
+        take(self)
+        if not torch.isfinite(self.param_groups[0]["params"][-1]).all():
+            INTERRUPTS.asked = signal.SIGTERM
+
+    monkeypatch.setattr(engine.LocalSGD, "step_and_free", take_and_stop)
+    method = [*TINY, "--context_mode", "R0", "--cuts", "1,0"]
+    status, _, err = main(monkeypatch, capsys, *method, "--output_dir", "run")
+    assert (status, len(err)) == (3, 1)
+    assert read_checkpoint("run/checkpoint.pt").epoch == 1
+    assert read_checkpoint("run/checkpoint.pt").step == 0
+
+
+def test_anomaly_is_found_from_the_last_checkpoint(here, monkeypatch, capsys):
+    method = [*TINY, "--no-cos_lr", "--lr", "1000", "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *method)[0] == 3
+    status, _, err = main(monkeypatch, capsys, *method, "--detect_anomaly")
+    assert (status, len(err)) == (3, 1)
+    assert re.search(r"aten\.\w+ makes .* of finite inputs, in the (forward|backward)", err[0])
+    assert "local_modules." in err[0]
+    status, _, err = main(monkeypatch, capsys, *TINY, "--detect_anomaly", "--compile")
+    assert (status, len(err)) == (2, 1)
+    assert "sees into no compiled step" in err[0]
+
+
+def test_detect_anomaly_changes_no_run(here, monkeypatch, capsys):
+    for folder, more in (("plain", []), ("watched", ["--detect_anomaly"])):
+        assert main(monkeypatch, capsys, *TINY, *more, "--output_dir", folder)[0] == 0
+    assert end_of(here / "plain") == end_of(here / "watched")
+
+
+# Two runs in one folder
+
+
+def test_a_second_run_into_a_folder_is_refused(server, whole):
+    method = [*TINY, "--output_dir", "shared"]
+    owner = server.start(*method, line=300, files=["engine.py"], send=["SIGSTOP"])
+    state = Path(f"/proc/{owner}/stat")
+    while state.read_text().split()[2] != "T":
+        time.sleep(0.01)
+    for resume in ([], ["--resume", "auto"]):
+        ended = server.run(*method, *resume)
+        assert (ended.status, len(ended.err)) == (2, 1)
+        assert f"shared is in use by process {owner} on " in ended.err[0]
+    os.kill(owner, signal.SIGKILL)
+    while state.exists() and state.read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    lock = server.folder / "shared" / run_folder.LOCK
+    assert str(owner) in lock.read_text()  # of one that is dead: it is in nobody's way
+    assert server.run(*method, "--resume", "auto").status == 0
+    assert end_of(server.folder / "shared") == whole
+
+
+def test_a_stale_lock_whose_pid_another_process_has(here, monkeypatch, capsys):
+    Path("run").mkdir()
+    Path("run", run_folder.LOCK).write_text(f"process {os.getppid()} on here\n")
+    assert main(monkeypatch, capsys, *TINY, "--output_dir", "run")[0] == 0
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(here, monkeypatch, capsys):
+    Path("kept").mkdir()
+    for folder in ("new/run", "kept"):
+        status, _, _ = main(
+            monkeypatch, capsys, *TINY, "--dataset", "folder", "--data_dir", "nowhere",
+            "--local_module_num", "99", "--output_dir", folder, "--resume", "auto",
+        )  # fmt: skip
+        assert status == 2
+    assert [path.name for path in here.rglob("*")] == ["kept"]
