@@ -1,10 +1,12 @@
 """What TensorBoard shows of a run."""
 
+import gc
 import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +45,8 @@ class Board:
         self.warn = warn
         self.events: SummaryWriter | None = None
         threading.excepthook = _quiet(threading.excepthook)
+        gc.collect()
+        gc.freeze()  # what there is by now stays: else a collection takes 0.2 s and not 0.003
         try:
             self.events = SummaryWriter(str(folder), purge_step=first_epoch)
         except Exception as error:  # as above
@@ -72,7 +76,7 @@ class Board:
             lines = [figures.Line("test", modules, errors["test"]),
                      figures.Line("train", modules, errors["train"], dashed=True)]  # fmt: skip
             drawn = figures.error_by_depth({"": lines}, f"epoch {metrics['epoch']}")
-            self.events.add_figure("error_by_depth", drawn, metrics["epoch"])
+            self._add_figure("error_by_depth", drawn, metrics["epoch"])
         self.events.flush()
 
     @if_it_can
@@ -81,8 +85,12 @@ class Board:
         if not rows:
             return
         title = f"epoch {epoch}: what the decoder at each cut makes of its features"
-        self.events.add_figure("reconstructions", figures.image_rows(rows, title), epoch)
+        self._add_figure("reconstructions", figures.image_rows(rows, title), epoch)
         self.events.flush()
+
+    def _add_figure(self, tag: str, figure: Figure, epoch: int) -> None:
+        self.events.add_figure(tag, figure, epoch)
+        gc.collect()  # a figure is full of cycles: 40 of them left alone were 30 MiB
 
     @if_it_can
     def add_hparams(self, options: dict[str, object], summary: dict) -> None:

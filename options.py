@@ -23,6 +23,14 @@ class Parser(argparse.ArgumentParser):
         hint = f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}{hint}\n")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but `--option=--` is an error, where it takes [] for the value."""
+        found, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        return found, unknown
+
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Says each option's default, but where it is None: there the help text does."""

@@ -314,5 +314,6 @@ def _averages(x: Tensor, size: tuple[int, int]) -> list[Tensor]:
         row = torch.arange(count, device=x.device)[:, None]
         column = torch.arange(total, device=x.device)
         averaged = (column >= row * total // count) & (column * count < (row + 1) * total)
-        matrices.append((averaged / averaged.sum(1, keepdim=True)).to(x.dtype))
+        weights = averaged.to(x.dtype)
+        matrices.append(weights / weights.sum(1, keepdim=True))
     return matrices
