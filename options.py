@@ -233,8 +233,8 @@ def build_parser() -> Parser:
         help="steps between two checkpoints within an epoch (default: one when it ends)")
     add("--resume", type=path, metavar="CKPT",
         help="continue from a checkpoint of this project (with its options, where no others are "
-        "given) or of the authors' release; auto: from the run folder's own where there is one, "
-        "which of a finished run says so, else start")
+        "given) or of the authors' release; auto: from the newest whole one in the run folder; "
+        "starts where there is none, and says so where the run is finished")
     add("--evaluate", type=path, metavar="CKPT",
         help="print the test error of such a checkpoint, and end")
     add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
@@ -244,8 +244,8 @@ def build_parser() -> Parser:
         help="the same bits in every run on this machine; slower: on CUDA by deterministic "
         "algorithms, on the CPU by one thread")
     add("--detect_anomaly", **switch,
-        help="look at the result of every operation, and end at the first that makes a NaN or an "
-        "infinity; very slow")
+        help="look at the result of every operation, which takes time, and end at the first that "
+        "makes a NaN or an infinity")
     return parser
 # fmt: on
 

@@ -184,8 +184,8 @@ class RunFolder:
                     note(f"{state}; it is kept as {kept.name}")
             write_json(self.config, self.options)
             self._write_metrics()
-            with self.environment.open("a") as file:
-                file.write(json.dumps(start) + "\n")
+            before = self.environment.read_text() if self.environment.exists() else ""
+            write_text(self.environment, before + json.dumps(start) + "\n")
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.path}: {one_line(error)}"

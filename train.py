@@ -297,6 +297,10 @@ def attempt(argv: list[str]) -> int:
     except compile_errors() as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return fail(2, f"--compile failed, so leave it out or mend this: {reason}")
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        return fail(2, f"--deterministic: {str(error).split(',')[0]}, so leave it out")
     except CannotSave as error:
         return fail(1, error)
     except (Diverged, Anomaly) as error:

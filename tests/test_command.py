@@ -3,8 +3,10 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,11 @@ if [ "$1" = -c ]; then # looks at the options only
     exit
 fi
 echo "$*" >> calls
+if [ -n "$WAITS" ]; then # until it is told to stop, for which it takes some time
+    trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
+    touch begun
+    while :; do sleep 0.05; done
+fi
 case "$*" in
     *report.py*) exit ${{REPORT:-0}} ;;
     *"$FAILS"*) exit ${{STATUS:-2}} ;;
@@ -184,6 +191,22 @@ def test_ctrl_c_and_sigterm_stop_the_rest(clone, status):
     done = command("table1", cwd=clone, FAILS="--context_mode E ", STATUS=str(status))
     assert done.returncode == status
     assert len(calls_in(clone)) == 2
+
+
+def test_sigterm_to_all_of_it_waits_for_the_checkpoint(clone):
+    """As a scheduler sends it: to command.sh and to the run at once."""
+    process = subprocess.Popen(
+        ["./command.sh", "table1"], cwd=clone, env=os.environ | {"WAITS": "yes"},
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not (clone / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    calls = (clone / "calls").read_text().splitlines()
+    assert len(calls) == 2
+    assert calls[1] == "saved"
 
 
 @pytest.mark.parametrize(

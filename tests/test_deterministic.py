@@ -144,6 +144,19 @@ def test_no_step_adds_in_any_order_on_cuda(here, group):
     }  # fmt: skip
 
 
+def test_what_has_no_deterministic_algorithm_ends_the_run(here, monkeypatch, capsys):
+    def put(*_):
+        torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
+
+    monkeypatch.setattr("training.evaluate", put)
+    status, _, err = main(monkeypatch, capsys, *TINY, "--deterministic")
+    assert status == 2
+    assert err == [
+        "train.py: error: --deterministic: put_ does not have a deterministic implementation, so "
+        "leave it out"
+    ]
+
+
 def test_deterministic_and_benchmark_exclude_each_other(here, monkeypatch, capsys):
     status, _, err = main(monkeypatch, capsys, *TINY, "--deterministic", "--cudnn_benchmark")
     assert (status, len(err)) == (2, 1)
