@@ -8,6 +8,11 @@ Every configuration has a process of its own (some options hold for a whole proc
 turns step by step, so that whatever else the machine does hits all alike.
 """
 
+from interrupts import INTERRUPTS
+
+if __name__ == "__main__":
+    INTERRUPTS.install()  # before the imports that take seconds
+
 import argparse
 import json
 import multiprocessing

@@ -196,13 +196,12 @@ experiment() {
         return
     fi
     prepare
-    trap 'exit 143' TERM # when the run that is on has ended: a scheduler signals that one too
     check "${calls[0]}"
     for call in "${calls[@]}"; do
         count=$((count + 1))
         echo "[$count/${#calls[@]}] $call"
         status=0
-        eval ".venv/bin/python $call" || status=$?
+        eval "in_reach .venv/bin/python $call" || status=$?
         case $status in
             0) ;;
             130 | 143) exit $status ;; # Ctrl-C or SIGTERM: the rest is not wanted either
@@ -217,6 +216,26 @@ experiment() {
         printf '  %s\n' "${failed[@]}" >&2
     fi
     exit $status
+}
+
+# Run a command in reach of what this script is told to stop by, and then stop; else its status.
+in_reach() {
+    local child status stopped=""
+    set -m # in a process group of its own: elsewhere it would be deaf to Ctrl-C
+    "$@" &
+    child=$!
+    set +m
+    trap 'stopped=130; kill -INT "$child" 2> /dev/null || true' INT
+    trap 'stopped=143; kill -TERM "$child" 2> /dev/null || true' TERM HUP
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        # A signal ends the wait; the command has a step to finish, and a checkpoint to write.
+        { [ -n "$stopped" ] && kill -0 "$child" 2> /dev/null; } || break
+    done
+    trap - INT TERM HUP
+    [ -z "$stopped" ] || exit "$stopped"
+    return "$status"
 }
 
 # Ends with status 2 and one line where the options of a call can't be read: nor could any call's.
@@ -252,7 +271,7 @@ case "${1:-}" in
     demo)
         shift
         prepare
-        .venv/bin/python train.py --dataset digits --layers 32 --local_module_num 4 \
+        in_reach .venv/bin/python train.py --dataset digits --layers 32 --local_module_num 4 \
             --context_mode E --epochs 9 --batch_size 64 \
             --output_dir "runs/demo-$(date +%Y%m%d-%H%M%S)" "$@"
         ;;
@@ -266,6 +285,8 @@ case "${1:-}" in
                 --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
                 .venv/bin/python -c '
 import json, sys
+from interrupts import INTERRUPTS
+INTERRUPTS.install()
 plan = json.load(sys.stdin)
 whole, modules, peak = plan["end_to_end_peak_bytes"], len(plan["modules"]), plan["peak_bytes"]
 print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f} |")

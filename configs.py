@@ -14,9 +14,14 @@ class InputError(ValueError):
     """Something the user asked for or handed in is wrong; the message says what would be right."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """What an exception says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` on one line that any terminal takes: names of files may hold whatever they like."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------

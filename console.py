@@ -36,7 +36,7 @@ class Progress:
         self.title = f"epoch {epoch:3}/{epochs}"
         self.steps = steps
         self.bar = tqdm(total=steps, initial=done, desc=self.title, leave=False,
-                        disable=not sys.stdout.isatty())  # fmt: skip
+                        file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
 
     def __enter__(self) -> "Progress":
         return self
@@ -72,8 +72,8 @@ class Tolerant:
     def flush(self) -> None:
         self._try(self.stream.flush)
 
-    def isatty(self) -> bool:
-        return self.stream.isatty()
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
     def _try(self, act: Callable, *arguments: object) -> None:
         if self.failed:
@@ -105,8 +105,15 @@ def discard(stream: TextIO) -> None:
 
 def note(text: str) -> None:
     """A line on stderr that is no error."""
-    with contextlib.suppress(OSError):
-        print(f"train.py: note: {text}", file=sys.stderr, flush=True)
+    say(f"train.py: note: {text}")
+
+
+def say(line: str) -> None:
+    """A line on stderr, if it can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def headline(options: argparse.Namespace) -> str:

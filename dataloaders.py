@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from configs import DATASETS, DatasetConfig, InputError, one_line
+from configs import DATASETS, DatasetConfig, InputError, one_line, printable
 
 
 class Split(NamedTuple):
@@ -159,7 +159,7 @@ def _download(name: str, read: Callable[[Path, bool, bool], Part], data_dir: Pat
         if not can_extract:
             failed = "Python before 3.11.4 cannot extract it safely; take a later one"
         raise InputError(
-            _printable(
+            printable(
                 f"{name} is not in {data_dir} and {failed}, or put the files there by hand and "
                 "give their folder as data_dir"
             )
@@ -210,7 +210,7 @@ def _folder(
         differ = sorted(set(train) ^ set(test))
         where = "train" if differ[0] in train else "test"
         raise InputError(
-            _printable(
+            printable(
                 f"train and test must have the same classes, but {', '.join(differ)} "
                 f"{'is' if len(differ) == 1 else 'are'} only in one of them "
                 f"({differ[0]}: {data_dir / where})"
@@ -241,12 +241,12 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
         files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in names}
     except OSError as error:
         raise InputError(
-            _printable(f"cannot read the images in {folder}: {one_line(error)}; {where}")
+            printable(f"cannot read the images in {folder}: {one_line(error)}; {where}")
         ) from error
     empty = [name for name in names if not files[name]]
     if empty or not names:
         what = f"classes without an image: {', '.join(empty)}" if empty else "no classes"
-        raise InputError(_printable(f"{folder} holds {what}; {where}"))
+        raise InputError(printable(f"{folder} holds {what}; {where}"))
     return files
 
 
@@ -256,7 +256,7 @@ def _is_image(path: Path) -> bool:
         return False
     mode = _mode(path)
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to read a pipe may take for ever
-        raise InputError(_printable(f"{path} is not a file; take it out of the data set"))
+        raise InputError(printable(f"{path} is not a file; take it out of the data set"))
     return stat.S_ISREG(mode)
 
 
@@ -272,7 +272,7 @@ def _mode(path: Path) -> int:
         if not path.is_symlink():
             raise
         raise InputError(
-            _printable(
+            printable(
                 f"{path} is a link that cannot be followed ({error.strerror}); "
                 "mend it or take it out of the data set"
             )
@@ -314,7 +314,7 @@ def _decode_image(path: Path, image_size: int) -> Tensor:
         why = one_line(error)
         if isinstance(error, Image.DecompressionBombError):
             why = f"{why.rstrip('.')}; make it smaller"
-        raise InputError(_printable(f"{path} is not an image that can be read: {why}")) from error
+        raise InputError(printable(f"{path} is not an image that can be read: {why}")) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -336,11 +336,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits or a sign; convert it to 8 or 16 without")
     return image
-
-
-def _printable(text: str) -> str:
-    """`text` on one line that any terminal takes: file names may hold whatever they like."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ to import, and so answers from its start.
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -24,8 +25,10 @@ class Interrupted(Exception):
 class Interrupts:
     """What this process was asked to do by signals.
 
-    While `held`, the first one only asks: `check` raises Interrupted. Any other ends the process at
-    once, with status 130 or 143.
+    While `held`, the first one only asks: `check` raises Interrupted. A later one ends the process
+    at once, with status 130 or 143, as any does that is not held. What comes within half a second
+    is the same one: a scheduler that signals all processes of a job reaches this one also by way of
+    command.sh.
 
     Attributes:
         asked: number of the signal that came while held, or None.
@@ -34,6 +37,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._held = False
+        self._when = 0.0
 
     def install(self) -> None:
         """Take the place of Python's own handlers, which know no SIGTERM and print tracebacks."""
@@ -44,20 +48,24 @@ class Interrupts:
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """A signal has come."""
         if self._held and self.asked is None:
-            self.asked = number
+            self.asked, self._when = number, time.monotonic()
             _say("stopping after this step; a second signal stops at once")
-        else:
+        elif not self._held or time.monotonic() - self._when > 0.5:
             _say("stopped at once" if self._held else "interrupted")
             os._exit(128 + number)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, there is something to finish first."""
-        self._held, self.asked = True, None
+    def held(self, at_once: bool = True) -> Iterator[None]:
+        """Inside, there is something to finish first: `at_once`, or from the first `hold` on."""
+        self._held, self.asked = at_once, None
         try:
             yield
         finally:
             self._held = False
+
+    def hold(self) -> None:
+        """From here on there is something to finish."""
+        self._held = True
 
     def check(self) -> None:
         """Raise Interrupted if that was asked for."""

@@ -135,8 +135,10 @@ class PeakMemory:
         """Go on from the `state` of steps of the same kind; that of others is left alone.
 
         Compiled steps on the CPU that have not all been watched are watched anew, since they are
-        compiled anew.
+        compiled anew. Raises KeyError or ValueError if it is not one.
         """
+        if not all(type(state[name]) is int for name in ("bytes", "largest", "steps")):
+            raise ValueError("its peak is no number of bytes")
         watching = self._meter is AllocatedBytes and state["steps"] < max(self._watched)
         if state["how"] == self.how and not watching:
             self.bytes, self._largest_batch = state["bytes"], state["largest"]

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but `--option=--` is an error, where it takes [] for the value."""
         found, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
-            if action.nargs is None and getattr(found, action.dest, None) == []:
+            value = getattr(found, action.dest, None)
+            if action.nargs is None and value == [] and value is not action.default:
                 self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         return found, unknown
 
@@ -334,11 +336,11 @@ def check_cuts_stay(options: argparse.Namespace, kept: dict[str, object]) -> Non
 def check_folder_stays(options: argparse.Namespace) -> None:
     """InputError if a file's own options would have checkpoints written out of the run folder.
 
-    Where that file lies is as good.
+    An absolute one that the file lies in is as good.
     """
     folder, lies_in = Path(options.checkpoint), Path(options.resume or options.evaluate).parent
     inside = not folder.is_absolute() and ".." not in folder.parts
-    if not inside and folder.resolve() != lies_in.resolve():
+    if not inside and not (folder.is_absolute() and folder.resolve() == lies_in.resolve()):
         raise InputError(
             f"the checkpoint's options name a folder out of the run's, {options.checkpoint}: "
             "say with --checkpoint where checkpoints are to go"
@@ -388,9 +390,13 @@ def as_arguments(options: dict[str, object]) -> list[str]:
     come from a file that was handed in.
     """
     arguments = []
+    known = vars(build_parser().parse_args([])).keys() - {*NOT_OF_THE_RUN}
     for name, value in options.items():
-        if name in NOT_OF_THE_RUN or not _is_value(value):
-            raise InputError(f"the checkpoint's options have {name} {value!r}, which no run has")
+        if name not in known or not _is_value(value):
+            raise InputError(
+                f"the checkpoint's options have {reprlib.repr(name)} {reprlib.repr(value)}, which "
+                "no run has"
+            )
         if value is not None:
             dashed = f"--{name.replace('_', '-')}" if name == "no_augment" else f"--{name}"
             if isinstance(value, list):

@@ -6,6 +6,11 @@ Reads every summary.json and plan.json, writes results/. From top to bottom: how
 and `main`. Which tables there are is in grids.py, what the figures show in report_figures.py.
 """
 
+from interrupts import INTERRUPTS
+
+if __name__ == "__main__":
+    INTERRUPTS.install()  # before the imports that take seconds
+
 import csv
 import io
 import sys

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,7 @@ from configs import InputError, one_line
 from console import note
 from files import write_json, write_text
 from memory import PeakMemory
-from models.checkpoint import Checkpoint, read_checkpoint
+from models.checkpoint import CannotSave, Checkpoint, Unreadable, read_checkpoint
 from options import (
     MEMORY_AND_SPEED,
     NOT_OF_THE_LEARNING,
@@ -65,6 +67,21 @@ class RunFolder:
         self.history: list[dict] = []
         self._metrics_are_whole, self._told = True, False
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains into it, or puts its checkpoints where this one does.
+
+        Raises InputError if another does, or if it cannot be written, CannotSave if the disk is
+        full.
+        """
+        checkpoints = self.checkpoint.parent.resolve()
+        with _locked(self.path):
+            if self.path.resolve() in (checkpoints, *checkpoints.parents):
+                yield
+            else:
+                with _locked(self.checkpoint.parent):
+                    yield
+
     def check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
         """InputError if training here would overwrite or mix up an earlier run.
 
@@ -96,7 +113,7 @@ class RunFolder:
             how = "continue it with" if self.summary not in kept else "look at it with"
             option = "--resume" if self.summary not in kept else "--evaluate"
             raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {ELSEWHERE}")
-        if not _is_same(resumed, self.checkpoint) and not _is_same(resumed, self.newest()):
+        if not is_same(resumed, self.checkpoint) and not is_same(resumed, self.newest()):
             raise InputError(f"{what} that {resumed} is not the state of: {ELSEWHERE}")
         self._check_same(checkpoint.options, what)
 
@@ -114,6 +131,8 @@ class RunFolder:
         for path in filter(holds, (self.checkpoint, self.best)):
             try:
                 yield path, read_checkpoint(path)
+            except Unreadable:
+                raise
             except InputError as error:
                 yield path, error
 
@@ -151,19 +170,27 @@ class RunFolder:
     def history_of(self, resumed: str | None, checkpoint: Checkpoint | None) -> list[dict]:
         """The metrics of the epochs done of a run that goes on here; of one from elsewhere none."""
         if checkpoint is None or not (
-            _is_same(resumed, self.checkpoint) or _is_same(resumed, self.best)
+            is_same(resumed, self.checkpoint) or is_same(resumed, self.best)
         ):
             return []
-        written = read_metrics(self.metrics)  # all that there is of a run of an earlier version
-        before = [m for m in written if m.get("epoch", math.inf) <= checkpoint.epoch]
-        return list(checkpoint.history) or before
+        if checkpoint.history:
+            return list(checkpoint.history)
+        written = {m.get("epoch"): m for m in read_metrics(self.metrics)}  # of an earlier version
+        unbroken, epoch = [], checkpoint.epoch
+        while {"test_error", "samples_per_second", "peak_memory_bytes"} <= {
+            *written.get(epoch, ())
+        }:
+            unbroken.insert(0, written[epoch])
+            epoch -= 1
+        return unbroken
 
     def open(self, resumed: str | None, checkpoint: Checkpoint | None, device: str) -> None:
         """Make the folder and begin to write, after a `checkpoint` that was `resumed`, if one was.
 
-        Raises InputError if it cannot be written.
+        Raises InputError if it cannot be written, CannotSave if the disk is full.
         """
         self.history = self.history_of(resumed, checkpoint)
+        self._made_by = {"git": git_state(), "versions": versions()}  # of what runs now
         done = checkpoint.epoch if checkpoint is not None else 0
         start = {
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,23 +200,20 @@ class RunFolder:
             "host": socket.gethostname(),
             "device": device,
             "threads": torch.get_num_threads(),
-            "git": git_state(),
-            "versions": versions(),
+            **self._made_by,
         }
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             for path, state in self._states():
                 if isinstance(state, InputError):
-                    kept = path.rename(path.with_name(path.name + ".damaged"))
+                    kept = path.rename(_free_name(path))
                     note(f"{state}; it is kept as {kept.name}")
             write_json(self.config, self.options)
             self._write_metrics()
             before = self.environment.read_text() if self.environment.exists() else ""
             write_text(self.environment, before + json.dumps(start) + "\n")
         except OSError as error:
-            raise InputError(
-                f"cannot write the run folder {self.path}: {one_line(error)}"
-            ) from error
+            raise _cannot_write(self.path, error) from error
         self.board = Board(self.path, done + 1, note)
 
     def add_epoch(self, metrics: dict, rows: dict[str, Tensor]) -> None:
@@ -250,8 +274,7 @@ class RunFolder:
             "epochs": last["epoch"],
             "seed": self.options["seed"],
             "config": self.options,
-            "git": git_state(),
-            "versions": versions(),
+            **self._made_by,
         }
         of_learning = {k: v for k, v in self.options.items() if k not in NOT_OF_THE_LEARNING}
         self.board.add_hparams(of_learning, summary)
@@ -275,23 +298,25 @@ class RunFolder:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Inside, no other process trains into a run folder.
+def _locked(path: Path) -> Iterator[None]:
+    """A folder, for this process alone.
 
     It is made for that where it is not there, and unmade if nothing is put into it. The system
     gives up the lock of a process that dies: a stale lock file is in nobody's way.
-
-    Raises InputError if another process has it, or if it cannot be written.
     """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    lock = FileLock(path / LOCK, timeout=0)
+    lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
     try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise InputError(f"{path} is in use by {_owner(path)}: wait, or {ELSEWHERE}") from error
+    except FileExistsError as error:
+        raise InputError(f"{path} is a file, so it can't be the run folder: {ELSEWHERE}") from error
     except OSError as error:
-        raise InputError(f"cannot write the run folder {path}: {one_line(error)}") from error
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise _cannot_write(path, error) from error
+        note(f"{path} can't be locked here: see to it that no other run goes there")
     try:
         with contextlib.suppress(OSError):
             (path / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -303,6 +328,12 @@ def locked(path: Path) -> Iterator[None]:
                 for folder in made:
                     folder.rmdir()
         lock.release()
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError | CannotSave:
+    """A full disk is no fault of what was asked for."""
+    kind = CannotSave if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+    return kind(f"cannot write the run folder {path}: {one_line(error)}")
 
 
 def _owner(path: Path) -> str:
@@ -403,6 +434,12 @@ def holds(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _is_same(a: str | Path | None, b: Path | None) -> bool:
+def _free_name(path: Path) -> Path:
+    """`path` with .damaged, or .damaged-2 and so on, after it."""
+    names = (f"{path.name}.damaged" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    return next(other for other in map(path.with_name, names) if not other.exists())
+
+
+def is_same(a: str | Path | None, b: Path | None) -> bool:
     """Whether both are there, and one file."""
     return None not in (a, b) and Path(a).exists() and b.exists() and b.samefile(a)

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,16 @@ import torch
 
 from anomaly import Anomaly
 from configs import DATASETS, InputError, one_line
-from console import discard, headline, note, print_network, tolerant_output
+from console import discard, headline, note, print_network, say, tolerant_output
 from dataloaders import Batches, ImageData, check_image_size, count_classes, load_dataset
 from engine import evaluate
 from memory import GIB, readable
 from models import ContSupNetwork, build_network
-from models.checkpoint import CannotSave, Checkpoint, load_weights
+from models.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
 from options import NETWORK_OPTIONS, read_options
 from partition import fewest_modules, smallest_peak
 from planner import make_plan, print_plan
-from run_folder import RunFolder, locked, run_folder
+from run_folder import RunFolder, run_folder
 from speed import CompileTime, choose_device, compile_errors, device_name, ready, set_switches
 from training import Diverged, Training
 
@@ -49,11 +50,14 @@ def run(argv: list[str]) -> None:
     elif options.resume == "auto":
         continue_or_start(argv, options)
     else:
-        arguments, predicted_peak = network_arguments(options)
+        found = network_arguments(options)
         folder = RunFolder(run_folder(options), options)
         folder.check_free(options.resume, checkpoint)
-        with locked(folder.path):
-            train(options, checkpoint, folder.path, arguments, predicted_peak)
+        with folder.locked():
+            if options.resume:  # which another process may have moved on, until it was locked
+                options, checkpoint = read_options(argv)
+                found = network_arguments(options)
+            train(options, checkpoint, folder.path, *found)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -84,7 +88,8 @@ def evaluate_checkpoint(options: argparse.Namespace, checkpoint: Checkpoint) -> 
     totals = evaluate(network, batches.epoch(0), device)
     print(f"{options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
           f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
-          f"after {checkpoint.epoch} epochs")  # fmt: skip
+          f"after {checkpoint.epoch} epochs"
+          + (f" and {checkpoint.step} steps" if checkpoint.step else ""))  # fmt: skip
 
 
 def continue_or_start(argv: list[str], options: argparse.Namespace) -> None:
@@ -93,7 +98,7 @@ def continue_or_start(argv: list[str], options: argparse.Namespace) -> None:
     if folder.is_finished():
         print(f"{folder.path} is finished: all {options.epochs} epochs are done")
         return
-    with locked(folder.path):
+    with folder.locked():
         checkpoint, newest = None, folder.newest()
         if newest is not None:
             options, checkpoint = read_options([*argv, "--resume", str(newest)])
@@ -159,6 +164,8 @@ def train(
 
 def how_to_go_on(folder: RunFolder) -> str:
     """What is left of a run that was ended, in a few words."""
+    if folder.is_finished():
+        return "the run is finished"
     if not folder.checkpoint.exists():
         return "no checkpoint has been written, so there is nothing to continue from"
     return f"continue with --resume {folder.checkpoint}"
@@ -171,6 +178,8 @@ def make_network(
     checkpoint: Checkpoint | None,
 ) -> ContSupNetwork:
     """The network of a run, on its device and as it was in `checkpoint`; what it is, printed."""
+    if checkpoint is not None:
+        check_weights(checkpoint, arguments)
     torch.manual_seed(options.seed)
     set_switches(
         device,
@@ -256,8 +265,8 @@ def note_if_above_free(budget: int, device: str) -> None:
         return
     free, _ = torch.cuda.mem_get_info(index)
     if free < budget:
-        print(f"train.py: note: the budget of {readable(budget)} is above the {readable(free)} "
-              "that the device has free", file=sys.stderr)  # fmt: skip
+        note(f"the budget of {readable(budget)} is above the {readable(free)} that the device has "
+             "free")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,6 +277,9 @@ def main() -> int:
     """Exit status: 0, 1 for what could not be written, 2 for bad input, 3 for a run that diverged,
     130 and 143 after SIGINT and SIGTERM.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as some daemons have it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         status = attempt(sys.argv[1:])
@@ -290,7 +302,7 @@ def attempt(argv: list[str]) -> int:
         return ended.code
     except InputError as error:
         return fail(2, error)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         return fail(2, "out of memory, so take a smaller --batch_size, a larger "
                     "--local_module_num, a --memory_budget or --recompute "
                     f"({one_line(error)})")  # fmt: skip
@@ -298,6 +310,8 @@ def attempt(argv: list[str]) -> int:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return fail(2, f"--compile failed, so leave it out or mend this: {reason}")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the CPU's way to be out of it
+            return fail(2, f"out of memory: {one_line(error)[-300:]}")
         if "deterministic" not in str(error):
             raise
         return fail(2, f"--deterministic: {str(error).split(',')[0]}, so leave it out")
@@ -308,16 +322,13 @@ def attempt(argv: list[str]) -> int:
     except Interrupted as error:
         note(f"stopped by {error}{error.__notes__[0]}")
         return error.status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
 def fail(status: int, reason: Exception | str) -> int:
     """Say why on stderr, in a line; gives the status."""
     text = "".join([one_line(reason), *getattr(reason, "__notes__", [])])
-    print(f"train.py: error: {text}", file=sys.stderr)
+    say(f"train.py: error: {text}")
     return status
 
 

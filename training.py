@@ -34,8 +34,8 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from options import MEMORY_AND_SPEED, OF_THE_STEPS
-from run_folder import RunFolder, holds
-from speed import CompileTime, device_name
+from run_folder import RunFolder, is_same
+from speed import CompileTime, compile_errors, device_name
 
 
 class Diverged(Exception):
@@ -48,6 +48,7 @@ class Training:
     Attributes:
         epoch: epochs done.
         totals: of the epoch under way.
+        is_saved: whether checkpoint.pt is of this run as it goes on.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Training:
         self.optimizers = make_optimizers(network)
         self.peak = PeakMemory(self.device, compiled=options.compile, apart=self.data_bytes)
         self.epoch = 0
+        self.is_saved = False
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
 
@@ -86,6 +88,7 @@ class Training:
             for scaler, state in zip(scalers, checkpoint.scalers, strict=True):
                 scaler.load_state_dict(state)
         self.epoch = checkpoint.epoch
+        self.is_saved = is_same(self.options.resume, self.folder.checkpoint)
         if checkpoint.totals:
             self._check_steps(checkpoint)
         try:
@@ -115,6 +118,7 @@ class Training:
         """Put checkpoint.pt in the place of the last; raises CannotSave, and Diverged before."""
         self.check_state()
         save_checkpoint(self.folder.checkpoint, self.checkpoint())
+        self.is_saved = True
 
     def checkpoint(self) -> Checkpoint:
         """All that it takes to go on from here to the same bits."""
@@ -160,15 +164,20 @@ class Training:
         Raises Interrupted when that was asked for, after a checkpoint; Diverged and CannotSave,
         either of which leaves the last checkpoint as it was.
         """
-        with INTERRUPTS.held():
+        # Compiling takes a minute or more, and until the first step there is nothing to save.
+        with INTERRUPTS.held(at_once=not self.options.compile):
             try:
                 while self.epoch < self.options.epochs:
                     self.run_epoch(self.epoch + 1)
-                if not holds(self.folder.checkpoint):  # it was damaged, and model_best.pt the last
+                if not self.is_saved:  # it went on from model_best.pt, which was the last
                     self.save()
             except Interrupted:
                 self.save()
                 raise
+            except compile_errors() as error:  # Ctrl-C reaches the compiler too
+                if INTERRUPTS.asked is None:
+                    raise
+                raise Interrupted(INTERRUPTS.asked) from error
             try:
                 summary = self.folder.add_summary(
                     self.peak, device_name(self.device), self.network.parameter_counts(),
@@ -177,7 +186,8 @@ class Training:
             except OSError as error:
                 what = f"cannot write {self.folder.summary}: {one_line(error)}"
                 raise CannotSave(what) from error
-        print_summary(summary, self.folder.path)
+            print_summary(summary, self.folder.path)
+            INTERRUPTS.check()  # nothing is left to do here, but there may be in command.sh
 
     def run_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are left, its evaluation, its line and its checkpoint."""
@@ -226,6 +236,7 @@ class Training:
                 self.check_losses(losses)
             totals.seconds = earlier + time.perf_counter() - start
             progress(step, losses)
+            INTERRUPTS.hold()
             INTERRUPTS.check()
             if every and step % every == 0 and not is_last:
                 self.save()

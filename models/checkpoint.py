@@ -4,21 +4,34 @@ Both are read into the same `Checkpoint`; only this project's own is written. A 
 in is checked before anything is made of it: it may be damaged, or meant to do harm.
 """
 
+import errno
+import json
 import math
+import pickletools
+import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from configs import InputError, one_line
+from configs import InputError, blocks_per_stage, one_line
 from files import replacing
+from models.build import build_network
 from models.network import ContSupNetwork
 from models.official import from_official, is_official, official_momentum
 
 FORMAT = "contsup-1"
+
+GLOBALS = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
+)
+"""All that the pickle of a checkpoint may name: `weights_only` lets more pass."""
+
+UNSAFE = "it holds more than tensors and plain values, and might run code"
 
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 """What a torch.amp.GradScaler's state holds."""
@@ -57,6 +70,10 @@ class Checkpoint(NamedTuple):
         return self.totals.get("steps", 0)
 
 
+class Unreadable(InputError):
+    """A checkpoint that may well be whole, but can't be read here and now."""
+
+
 class CannotSave(Exception):
     """A checkpoint could not be written; the one that was there still is."""
 
@@ -80,9 +97,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file of either format, to the CPU.
 
     Raises InputError for a file that is missing, damaged or no checkpoint, or that would run code
-    or unpack to more than it is.
+    or unpack to more than it is; Unreadable where that is not the file's fault.
     """
     path = Path(path)
+    what = f"{path} is not a checkpoint that can be read"
     try:
         if not path.is_file():
             raise InputError(f"there is no checkpoint {path}")
@@ -90,16 +108,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
+    except (OSError, MemoryError) as error:
+        kind = InputError if getattr(error, "errno", None) == errno.EINVAL else Unreadable
+        raise kind(f"{what}: {_reason(error)}") from error
     except Exception as error:  # what torch.load raises on a damaged file is not documented
-        raise InputError(
-            f"{path} is not a checkpoint that can be read: {_reason(error)}"
-        ) from error
+        raise InputError(f"{what}: {_reason(error)}") from error
     try:
         return _checked(_from_contents(contents))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # there is no end to what could be in the place of a part
         raise InputError(
             f"{path} is neither a checkpoint of this project nor of the authors' release "
-            f"({type(error).__name__}: {one_line(error)})"
+            f"({type(error).__name__}: {one_line(error)[:200]})"
         ) from error
 
 
@@ -108,25 +129,57 @@ def _check_archive(path: Path) -> None:
 
     torch.load does not look at checksums, and unpacks compressed entries whatever their size.
     """
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        _check_directory(file, path.stat().st_size)
         entries = archive.infolist()
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("entries of it have the same name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which PyTorch's files are not")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its entries are larger than the file")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it is damaged")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_pickle(archive.read(entry))
+
+
+def _check_directory(file: BinaryIO, size: int) -> None:
+    """ValueError unless the zip file's directory is where its end says, right before that.
+
+    Elsewhere Python and PyTorch would look for it in different places, and find different files.
+    """
+    file.seek(max(0, size - 98))
+    end64, locator, end = struct.Struct("<4s36xQQ"), b"PK\6\7", struct.Struct("<4s8xLLH")
+    tail = file.read(98)
+    signature, length, offset, comment = end.unpack(tail[-end.size :])
+    begins = size - end.size
+    if tail[-42:-38] == locator and len(tail) == 98:
+        begins = size - 98
+        length, offset = end64.unpack(tail[: end64.size])[1:]
+    if signature != b"PK\5\6" or comment or length + offset != begins:
+        raise ValueError("its directory is not where it should be")
+
+
+def _check_pickle(data: bytes) -> None:
+    """ValueError if a pickle names anything but tensors, or is of a protocol that hides it."""
+    for operation, named, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL" and not GLOBALS.fullmatch(named):
+            raise ValueError(UNSAFE)
+        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(UNSAFE)
 
 
 def _reason(error: Exception) -> str:
     """Why a file could not be loaded, without PyTorch's advice to load it in an unsafe way."""
     text = one_line(error)
-    if "eights only load failed" in text:
-        return "it holds more than tensors and plain values, and might run code"
-    return text[:300]
+    return UNSAFE if "eights only load failed" in text else text[:300]
 
 
 def _from_contents(contents: dict) -> Checkpoint:
+    if str(contents.get("format")).startswith("contsup-") and contents["format"] != FORMAT:
+        raise Unreadable("the checkpoint is of a later version of this project")
     if contents.get("format") == FORMAT:
         return Checkpoint(**{k: v for k, v in contents.items() if k != "format"})
     state_dict = contents["state_dict"]
@@ -144,7 +197,7 @@ def _from_contents(contents: dict) -> Checkpoint:
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint, if each of its parts is what it should be; TypeError or ValueError if not."""
-    _check(_is_count(checkpoint.epoch), f"its epoch is {checkpoint.epoch!r}")
+    _check(_is_count(checkpoint.epoch), "its epoch is no number of epochs")
     for part in ("state_dict", "momentum", "options", "totals", "peak"):
         entries = getattr(checkpoint, part)
         _check(isinstance(entries, dict), f"its {part} are not what they should be")
@@ -156,6 +209,12 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
         for name, value in getattr(checkpoint, part).items():
             known = isinstance(value, str) or _is_real(value) or _is_plain_tensor(value)
             _check(known, f"{name!r} in its {part} is not what it should be")
+    if totals := checkpoint.totals:
+        counts = (totals["samples"], totals["steps"], totals["full"])
+        _check(all(map(_is_count, counts)) and min(counts) > 0, "its totals count no steps")
+        _check(_is_real(totals["seconds"]) and totals["seconds"] > 0, "its totals took no time")
+        sums = [value for value in totals.values() if isinstance(value, Tensor)]
+        _check(all(value.isfinite().all() for value in sums), "its totals are not finite")
     classes = checkpoint.classes
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     _check(named, "its classes are not a list of names")
@@ -166,6 +225,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_history(checkpoint: Checkpoint) -> None:
+    json.dumps(list(checkpoint.history), allow_nan=False)  # it is to be a metrics.jsonl
     first = checkpoint.epoch - len(checkpoint.history) + 1
     for epoch, row in enumerate(checkpoint.history, start=first):
         numbers = (row["test_error"], row["samples_per_second"], row["peak_memory_bytes"])
@@ -178,11 +238,11 @@ def _check(is_so: bool, otherwise: str) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_real(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return _is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
 def _is_plain_tensor(value: object) -> bool:
@@ -195,15 +255,27 @@ def _is_plain_tensor(value: object) -> bool:
     )
 
 
+def check_weights(checkpoint: Checkpoint, arguments: dict[str, object]) -> None:
+    """InputError unless the weights are those of `build_network(**arguments)`.
+
+    Nothing is allocated for that: what a file asks for may be larger than the memory.
+    """
+    count, blocks = len(checkpoint.state_dict), 3 * blocks_per_stage(arguments["layers"])
+    if blocks > count:
+        raise InputError(
+            f"the checkpoint is of another architecture: it has {count} tensors, and the network "
+            f"{blocks} blocks"
+        )
+    with torch.device("meta"):
+        _own_names(build_network(**arguments), checkpoint)
+
+
 def load_weights(network: ContSupNetwork, checkpoint: Checkpoint) -> None:
     """Weights and BatchNorm statistics of either format into `network`, in place.
 
     Raises InputError if they are of another architecture; nothing is changed then.
     """
-    if checkpoint.official:
-        load_official_state_dict(network, checkpoint.state_dict)
-    else:
-        _load_checked(network, checkpoint.state_dict)
+    network.load_state_dict(_own_names(network, checkpoint))
 
 
 def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> None:
@@ -214,7 +286,7 @@ def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tens
 
     Raises InputError if a tensor is missing or has another shape; nothing is changed then.
     """
-    _load_checked(network, from_official(network, state_dict))
+    load_weights(network, Checkpoint(0, state_dict, {}, {}, [], official=True))
 
 
 def load_momentum(
@@ -250,7 +322,11 @@ def momentum_by_name(
     }
 
 
-def _load_checked(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> None:
+def _own_names(network: ContSupNetwork, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The state dict by this project's names; InputError if it is of another network."""
+    state_dict = checkpoint.state_dict
+    if checkpoint.official:
+        state_dict = from_official(network, state_dict)
     own = network.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state_dict]
     wrong += [f"{name} is not in the network" for name in state_dict if name not in own]
@@ -262,7 +338,7 @@ def _load_checked(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> Non
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise InputError(f"the checkpoint is of another architecture: {wrong[0]}{more}")
-    network.load_state_dict(state_dict)
+    return state_dict
 
 
 def _fits(tensor: Tensor, own: Tensor) -> bool:

@@ -51,7 +51,7 @@ class Server:
             after: kill it after so many seconds.
             line, files: at the so-maniest line run in these files of the project (default: in
                 those that train and write) ...
-            send: ... have it send itself these signals (default: SIGKILL).
+            send: ... have it send itself these signals (default: SIGKILL), with seconds between.
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
             stdout: what that is, if not a file to be read here.
         """
@@ -60,9 +60,9 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def wait(self):
-        """How the run that was started last ended."""
-        self.process.stdin.write('"wait"\n')
+    def wait(self, pid=None):
+        """How a run ended, by default the one that was started last; its output is the last's."""
+        self.process.stdin.write(json.dumps({"wait": pid}) + "\n")
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())
         out, err = (self._lines(name) for name in ("stdout", "stderr"))
@@ -94,6 +94,7 @@ def child(arguments, plan):
     import train
     from interrupts import INTERRUPTS
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind `pytest &`
     INTERRUPTS.install()
     if limit := plan.get("limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -117,7 +118,10 @@ def trace(plan):
             counted[0] += 1
             if counted[0] == plan["line"]:
                 for name in plan.get("send", ["SIGKILL"]):
-                    os.kill(os.getpid(), getattr(signal, name))
+                    if isinstance(name, str):
+                        os.kill(os.getpid(), getattr(signal, name))
+                    else:
+                        time.sleep(name)
         return count
 
     sys.settrace(lambda frame, event, _: count if frame.f_code.co_filename in files else None)
@@ -137,8 +141,8 @@ def serve():
     pid = deadline = None
     for line in sys.stdin:
         plan = json.loads(line)
-        if plan == "wait":
-            print(wait(pid, deadline), flush=True)
+        if "wait" in plan:
+            print(wait(plan["wait"] or pid, deadline), flush=True)
             continue
         Path("fork_server.lines").unlink(missing_ok=True)
         pid = os.fork()

@@ -131,3 +131,7 @@ def test_what_a_process_finds_wrong_is_one_line_and_status_2():
     status, out, err = call(*TINY, "--layers", "9")
     assert (status, out, len(err)) == (2, "", 1)
     assert "6n+2" in err[0]
+
+
+def test_versus_may_be_left_out():
+    assert bench.build_parser().parse_known_args(["--layers", "8"])[0].versus == []

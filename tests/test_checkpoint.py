@@ -2,17 +2,23 @@
 
 import copy
 import io
+import os
 import pickle
+import stat
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from cli import end_of, few_test_images, main
 
+import files
 import run_folder
+import training
 from configs import InputError
 from models.checkpoint import CannotSave, Checkpoint, read_checkpoint, save_checkpoint
+from options import read_options
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -35,8 +41,6 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         few_test_images(patch)
-        import training
-
         save = training.save_checkpoint
         kept = []
         patch.setattr(
@@ -209,7 +213,7 @@ def test_the_unchanged_file_is_taken(monkeypatch, capsys, trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output_dir": "elsewhere"}, "output_dir 'elsewhere', which no run has"),
+        ({"output_dir": "elsewhere"}, "'output_dir' 'elsewhere', which no run has"),
         ({"resume": "auto"}, "which no run has"),
         ({"cuts": ["--output_dir=elsewhere"]}, "which no run has"),
         ({"cuts": [["--output_dir=elsewhere", 1]]}, "which no run has"),
@@ -219,8 +223,11 @@ def test_the_unchanged_file_is_taken(monkeypatch, capsys, trained):
         ({"checkpoint": "a/../../elsewhere"}, "a folder out of the run's"),
         ({"name": "../elsewhere"}, "no part of a folder's name"),
         ({"no": "a/../../elsewhere"}, "no part of a folder's name"),
-        ({"unheard_of": 1}, "unrecognized arguments: --unheard_of=1"),
-        ({"layers --output_dir": 1}, "unrecognized arguments"),
+        ({"unheard_of": 1}, "have 'unheard_of' 1, which no run has"),
+        ({"layers --output_dir": 1}, "which no run has"),
+        ({"output_dir=elsewhere/a": []}, "which no run has"),
+        ({"output_dir=elsewhere/a": "x"}, "which no run has"),
+        ({"print-freq": 1}, "which no run has"),
         ({"layers": "many"}, "'many' is not a whole number"),
         ({"context_mode": "../../E"}, "unknown context_mode"),
         ({"aux_net_config": "../../1c2f"}, "unknown aux_net_config"),
@@ -242,8 +249,6 @@ def test_options_in_a_file_lead_nowhere_else(monkeypatch, capsys, trained, optio
     ],
 )  # fmt: skip
 def test_a_run_name_is_one_folder_below_runs(typed):
-    from options import read_options
-
     name = run_folder.run_name(read_options([*TINY, *typed, "--dataset", "folder"])[0])
     assert Path(name).name == name
     assert name not in ("", ".", "..")
@@ -251,8 +256,6 @@ def test_a_run_name_is_one_folder_below_runs(typed):
 
 
 def test_a_long_run_name_is_cut_and_told_apart(monkeypatch, capsys):
-    from options import read_options
-
     names = set()
     for last in "ab":
         name = run_folder.run_name(
@@ -351,3 +354,183 @@ def test_a_folder_or_nothing_is_no_checkpoint(here):
     for path in (here, here / "nothing", "\0"):
         with pytest.raises(InputError, match="there is no checkpoint"):
             read_checkpoint(path)
+
+
+class StopHere(Exception):
+    """Stands for a power cut."""
+
+
+def test_auto_after_a_cut_between_the_two_files_of_the_last_epoch(monkeypatch, capsys):
+    whole = run_to(monkeypatch, capsys, "whole")
+    save = training.save_checkpoint
+
+    def save_or_stop(path, state):
+        if path.name == "checkpoint.pt" and state.epoch == 2:
+            raise StopHere
+        save(path, state)
+
+    monkeypatch.setattr(training, "save_checkpoint", save_or_stop)
+    with pytest.raises(StopHere):
+        run_to(monkeypatch, capsys, "run")
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    states = [read_checkpoint(f"run/{name}.pt").epoch for name in ("checkpoint", "model_best")]
+    assert states == [1, 2]
+    method = [*TINY, "--output_dir", "run", "--resume", "auto"]
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    assert end_of(Path("run")) == whole
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "best", "newest"),
+    [((1, 2), (1, 0), "checkpoint.pt"), ((1, 2), (2, 0), "model_best.pt"),
+     ((1, 2), (1, 3), "model_best.pt"), ((2, 0), (2, 0), "checkpoint.pt")],
+)  # fmt: skip
+def test_the_newest_has_the_most_steps(here, checkpoint, best, newest):
+    folder = run_folder.RunFolder(here, read_options(TINY)[0])
+    for path, (epoch, step) in ((folder.checkpoint, checkpoint), (folder.best, best)):
+        totals = GOOD | {"steps": step} if step else {}
+        save_checkpoint(path, Checkpoint(epoch, {}, {}, {}, [], totals=totals))
+    assert folder.newest().name == newest
+
+
+def test_a_second_damaged_file_is_kept_too(monkeypatch, capsys):
+    run_to(monkeypatch, capsys, "run")
+    for number, name in enumerate(("checkpoint.pt.damaged", "checkpoint.pt.damaged-2")):
+        Path("run/summary.json").unlink()
+        Path("run/checkpoint.pt").write_text(f"damage {number}")
+        assert main(monkeypatch, capsys, *TINY, "--output_dir", "run", "--resume", "auto")[0] == 0
+        assert Path("run", name).read_text() == f"damage {number}"
+    assert Path("run/checkpoint.pt.damaged").read_text() == "damage 0"
+
+
+@pytest.mark.parametrize("why", ["memory", "disk", "later version"])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(monkeypatch, capsys, why):
+    run_to(monkeypatch, capsys, "run")
+    Path("run/summary.json").unlink()
+    error = {"memory": MemoryError(), "disk": OSError(5, "Input/output error")}.get(why)
+    if error:
+        monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    else:
+        contents = torch.load("run/checkpoint.pt", weights_only=True)
+        torch.save(contents | {"format": "contsup-2", "new": 1}, "run/checkpoint.pt")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run", "--resume", "auto")
+    assert (status, len(err)) == (2, 1)
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_gap_in_the_metrics_of_an_earlier_version(monkeypatch, capsys):
+    """What is before it is left out: the run that goes on can be read again."""
+    method = [*TINY, "--epochs", "4", "--output_dir", "run"]
+    assert main(monkeypatch, capsys, *method)[0] == 0
+    contents = torch.load("run/checkpoint.pt", weights_only=True)
+    kept = {k: v for k, v in contents.items() if k not in ("history", "totals", "peak")}
+    torch.save(kept | {"epoch": 3}, "run/checkpoint.pt")
+    Path("run/summary.json").unlink()
+    lines = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("run/metrics.jsonl").write_text(lines[0] + lines[2])
+    assert main(monkeypatch, capsys, *method, "--resume", "auto")[0] == 0
+    assert [row["epoch"] for row in read_checkpoint("run/checkpoint.pt").history] == [3, 4]
+
+
+def test_two_directories_in_one_zip_file(monkeypatch, capsys, trained):
+    """Python would read the one that ends at the end, PyTorch the one where the end says it is."""
+    good = trained.read_bytes()
+    for shift in (-1, 1, 100):
+        data = bytearray(good)
+        for at in (len(good) - 6, len(good) - 50):  # the offset of the directory, twice
+            number = int.from_bytes(data[at : at + 4], "little") + shift
+            data[at : at + 4] = number.to_bytes(4, "little")
+        Path("two.pt").write_bytes(data)
+        refused(monkeypatch, capsys, "two.pt")
+    Path("two.pt").write_bytes(b"more in front" + good)
+    refused(monkeypatch, capsys, "two.pt")
+    Path("two.pt").write_bytes(good + b"more behind")
+    refused(monkeypatch, capsys, "two.pt")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_takes_memory(monkeypatch, capsys, trained, protocol):
+    """weights_only lets it make an array of any size."""
+
+    class Large:
+        def __reduce__(self):
+            return bytearray, (2**40,)
+
+    code = pickle.dumps({"state_dict": Large()}, protocol=protocol)
+    rewritten(trained, "bad.pt", lambda name, data: code if name.endswith("data.pkl") else data)
+    assert "might run code" in refused(monkeypatch, capsys, "bad.pt")
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"epoch": nested(60)}, {"options": {"layers": nested(60)}},
+        {"totals": GOOD | {"samples": nested(60)}}, {"history": [ROW | {"more": torch.zeros(1)}]},
+        {"state_dict": torch.zeros(2)}, {"state_dict": [1]}, {"momentum": None},
+        {"totals": GOOD | {"samples": 0}}, {"totals": GOOD | {"seconds": 0.0}},
+        {"totals": GOOD | {"losses": torch.full((2,), float("nan"), dtype=torch.float64)}},
+        {"totals": GOOD | {"steps": "2"}},
+        {"peak": {"bytes": "1", "largest": 1, "steps": 1, "how":
+                  "live tensor storage counted by memory.py in the first two full training steps"}},
+        {"peak": {"bytes": 1e308, "largest": 1, "steps": 1, "how": ""}},
+        {"momentum": {"unknown": torch.zeros(1)}},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)  # fmt: skip
+def test_crafted_parts_end_in_a_line(monkeypatch, capsys, trained, parts):
+    """What loads slowly, or is of the wrong type somewhere deep, gets no further than the check."""
+    changed(trained, **parts)
+    status, _, err = main(monkeypatch, capsys, "--resume", "changed.pt", "--output_dir", "run")
+    assert (status, len(err)) == (2, 1), err
+    assert not Path("run").exists()
+
+
+def test_a_small_file_that_asks_for_a_large_network(monkeypatch, capsys, trained):
+    contents = torch.load(trained, weights_only=True)
+    huge = {"aux_net_widen": 1000.0, "aux_net_feature_dim": 65536}
+    for options in (huge, {"layers": 99998}):
+        changed(trained, options=contents["options"] | options)
+        line = refused(monkeypatch, capsys, "changed.pt")
+        assert "the checkpoint is of another architecture" in line
+
+
+def test_scalers_of_another_number_of_modules(monkeypatch, capsys):
+    half = [*TINY, "--amp", "fp16"]
+    assert main(monkeypatch, capsys, *half, "--output_dir", "half")[0] == 0
+    contents = torch.load("half/checkpoint.pt", weights_only=True)
+    torch.save(contents | {"scalers": contents["scalers"][:1]}, "changed.pt")
+    method = ["--resume", "changed.pt", "--epochs", "3", "--output_dir", "run"]
+    status, _, err = main(monkeypatch, capsys, *method)
+    assert (status, len(err)) == (2, 1)
+    assert "another number of modules" in err[0]
+
+
+# How files are written
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(here, monkeypatch):
+    """In this order: the contents, the name, the folder that has the name."""
+    done = []
+    replace, fsync = os.replace, os.fsync
+
+    def noted_fsync(handle):
+        kind = "folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"
+        size = os.fstat(handle).st_size
+        done.append((kind, size if kind == "file" else None))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("replace") or replace(a, b))
+    files.write_text(here / "a", "12345")
+    assert done == [("file", 5), "replace", ("folder", None)]
+    done.clear()
+    save_checkpoint(here / "a.pt", Checkpoint(1, {"w": torch.zeros(10)}, {}, {}, []))
+    assert done == [("file", (here / "a.pt").stat().st_size), "replace", ("folder", None)]

@@ -29,6 +29,7 @@ fi
 echo "$*" >> calls
 if [ -n "$WAITS" ]; then # until it is told to stop, for which it takes some time
     trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
+    trap 'sleep 0.3; echo saved >> calls; exit 130' INT
     touch begun
     while :; do sleep 0.05; done
 fi
@@ -193,17 +194,21 @@ def test_ctrl_c_and_sigterm_stop_the_rest(clone, status):
     assert len(calls_in(clone)) == 2
 
 
-def test_sigterm_to_all_of_it_waits_for_the_checkpoint(clone):
-    """As a scheduler sends it: to command.sh and to the run at once."""
+@pytest.mark.parametrize("target", [["table1"], ["demo"]])
+@pytest.mark.parametrize("to_all", [False, True], ids=["to command.sh", "to all of the job"])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_is_handed_on_to_the_run(clone, target, to_all, name, status):
+    """And is waited for, since the run has a checkpoint to write; the rest is not begun."""
     process = subprocess.Popen(
-        ["./command.sh", "table1"], cwd=clone, env=os.environ | {"WAITS": "yes"},
+        ["./command.sh", *target], cwd=clone, env=os.environ | {"WAITS": "yes"},
         stdout=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (clone / "begun").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    (os.killpg if to_all else os.kill)(process.pid, getattr(signal, name))
+    assert process.wait(timeout=60) == status
     calls = (clone / "calls").read_text().splitlines()
     assert len(calls) == 2
     assert calls[1] == "saved"

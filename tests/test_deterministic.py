@@ -185,6 +185,9 @@ def test_commit_and_whether_the_tree_is_dirty(tmp_path):
     (tmp_path / "train.py").write_text("a")
     assert provenance.git_state(tmp_path) == nothing  # no repository
     git(tmp_path, "init")
+    (tmp_path / "other").write_text("a")
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-m", "zero")
     assert provenance.git_state(tmp_path) == nothing  # the code is not tracked in it
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "one")

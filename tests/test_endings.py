@@ -10,17 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cli import end_of, few_test_images, main
 from fork_server import ROOT, Server
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import board
 import engine
 import run_folder
+import train
+from interrupts import INTERRUPTS, Interrupts
 from models.checkpoint import read_checkpoint
+from speed import compile_errors
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -66,18 +71,43 @@ def test_a_second_signal_stops_at_once(server):
     for first, second, status in (("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)):
         ended = server.run(
             *TINY, "--output_dir", "twice", "--resume", "auto",
-            line=300, files=["engine.py"], send=[first, second],
+            line=300, files=["engine.py"], send=[first, 0.6, second],
         )  # fmt: skip
         assert (ended.status, ended.err[-1]) == (status, "stopped at once")
         assert checkpoint.read_bytes() == before
+
+
+def test_the_same_signal_by_two_ways_is_one(server, whole):
+    """As command.sh hands it on, and a scheduler sends it to all processes of a job."""
+    method = [*TINY, "--output_dir", "both_ways", "--resume", "auto"]
+    both = {"line": 300, "files": ["engine.py"], "send": ["SIGTERM", "SIGTERM"]}
+    ended = server.run(*method, **both)
+    assert (ended.status, len(ended.err)) == (143, 3)
+    assert "continue with --resume both_ways/checkpoint.pt" in ended.err[-1]
+    assert server.run(*method).status == 0
+    assert end_of(server.folder / "both_ways") == whole
+
+
+def test_a_signal_after_the_last_step_stops_what_comes_next(server, whole):
+    method = [*TINY, "--output_dir", "last"]
+    ended = server.run(*method, line=1, files=["provenance.py"], send=["SIGINT"])
+    assert ended.status == 130  # before the first step: nothing there
+    shutil.rmtree(server.folder / "last")
+    lines = server.run(*method, line=0, files=["files.py"]).lines
+    shutil.rmtree(server.folder / "last")
+    ended = server.run(*method, line=lines - 5, files=["files.py"], send=["SIGINT"])  # summary.json
+    assert ended.status == 130
+    assert ended.err[-1] == "train.py: note: stopped by SIGINT; the run is finished"
+    assert end_of(server.folder / "last") == whole
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_python_imports(name, status):
     command = [sys.executable, ROOT / "train.py", "--help"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in `pytest &`
+    )  # fmt: skip
     caught = Path(f"/proc/{process.pid}/status")
     if not caught.exists():
         process.communicate()
@@ -181,12 +211,22 @@ def test_metrics_that_failed_are_made_up_for(here, monkeypatch, capsys):
             raise OSError(28, "No space left on device")
         return whole_open(path, mode, *args, **options)
 
+    after_two, add_epoch = [], run_folder.RunFolder.add_epoch
+
+    def add_and_look(self, metrics, rows):
+        add_epoch(self, metrics, rows)
+        if metrics["epoch"] == 2:
+            found = self.metrics.read_text().splitlines()
+            after_two.append([json.loads(line)["epoch"] for line in found])
+
+    monkeypatch.setattr(run_folder.RunFolder, "add_epoch", add_and_look)
     monkeypatch.setattr(Path, "open", fail_once)
     status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
     assert (status, len(err), len(failed)) == (0, 1, 1)
     assert "run/metrics.jsonl can't be written" in err[0]
     lines = Path("run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert after_two == [[1, 2]]  # as soon as it can be written, not at the end
 
 
 def test_output_that_cannot_be_written(server, whole):
@@ -241,6 +281,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(here, monkeypatch, capsys, lr, p
     last = max(step for _, step, _ in found)
     assert last == min(10, math.ceil(step / print_freq) * print_freq)  # of 10 an epoch
     assert not Path("run/checkpoint.pt").exists()
+    assert err[0].endswith("no checkpoint has been written, so there is nothing to continue from")
 
 
 def poison(monkeypatch, step, infinity):
@@ -283,9 +324,61 @@ def test_bad_weights_take_no_good_ones_place(
         assert all(t.isfinite().all() for t in state.state_dict.values())
 
 
-def test_a_stopped_run_that_has_diverged_saves_nothing(here, monkeypatch, capsys):
-    from interrupts import INTERRUPTS
+def test_momentum_that_is_not_finite_is_neither_logged_nor_kept(here, monkeypatch, capsys):
+    """The losses and the test are fine yet: the next step would not be."""
+    take, count = engine.LocalSGD.step_and_free, [0]
 
+    def take_and_poison(self):
+        take(self)
+        count[0] += 1
+        if count[0] == 20:  # the last of the second epoch: 2 modules, 5 steps an epoch
+            self.state[self.param_groups[0]["params"][0]]["momentum_buffer"][0] = math.inf
+
+    monkeypatch.setattr(engine.LocalSGD, "step_and_free", take_and_poison)
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert (status, len(err)) == (3, 1)
+    assert "module 1 is not finite after step 5 of epoch 2" in err[0]
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1
+    assert {read_checkpoint(f"run/{n}.pt").epoch for n in ("checkpoint", "model_best")} == {1}
+
+
+def test_losses_are_read_where_they_are_shown_and_no_sooner(here, monkeypatch, capsys):
+    """Reading waits for the device. Of 10 steps, with a line every 4: after 4, 8 and 10."""
+    reads = []
+    for name in ("losses", "errors", "first_not_finite"):
+        real = getattr(engine.Totals, name)
+
+        def read(self, real=real, name=name):
+            if torch.is_grad_enabled():
+                reads.append((name, self.steps))
+            return real(self)
+
+        monkeypatch.setattr(engine.Totals, name, read)
+    counted, by_step = [], engine.train_step
+
+    def count_waits(*arguments):
+        with Waits() as waits:
+            yield from by_step(*arguments)
+        counted.append(waits.count)
+
+    monkeypatch.setattr(engine, "train_step", count_waits)
+    method = [*TINY, "--limit_per_class", "4", "--epochs", "1", "-p", "4"]
+    assert main(monkeypatch, capsys, *method, "--output_dir", "run")[0] == 0
+    assert {steps for _, steps in reads} == {4, 8, 10}
+    assert counted == [0] * 10
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that would wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stopped_run_that_has_diverged_saves_nothing(here, monkeypatch, capsys):
     poison(monkeypatch, 6, math.nan)
     take = engine.LocalSGD.step_and_free
 
@@ -327,19 +420,37 @@ def test_a_second_run_into_a_folder_is_refused(server, whole):
     method = [*TINY, "--output_dir", "shared"]
     owner = server.start(*method, line=300, files=["engine.py"], send=["SIGSTOP"])
     state = Path(f"/proc/{owner}/stat")
+    deadline = time.monotonic() + 60
     while state.read_text().split()[2] != "T":
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     for resume in ([], ["--resume", "auto"]):
         ended = server.run(*method, *resume)
         assert (ended.status, len(ended.err)) == (2, 1)
         assert f"shared is in use by process {owner} on " in ended.err[0]
     os.kill(owner, signal.SIGKILL)
-    while state.exists() and state.read_text().split()[2] != "Z":
-        time.sleep(0.01)
+    assert server.wait(owner).status == -signal.SIGKILL
     lock = server.folder / "shared" / run_folder.LOCK
     assert str(owner) in lock.read_text()  # of one that is dead: it is in nobody's way
     assert server.run(*method, "--resume", "auto").status == 0
     assert end_of(server.folder / "shared") == whole
+
+
+def test_runs_that_share_their_checkpoints_folder(server):
+    """Another run folder, but the same --checkpoint."""
+    shared = ["--checkpoint", str(server.folder / "both")]
+    hold = {"line": 300, "files": ["engine.py"], "send": ["SIGSTOP"]}
+    owner = server.start(*TINY, "--output_dir", "first", *shared, **hold)
+    state, deadline = Path(f"/proc/{owner}/stat"), time.monotonic() + 60
+    while state.read_text().split()[2] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ended = server.run(*TINY, "--output_dir", "second", *shared)
+    assert (ended.status, len(ended.err)) == (2, 1)
+    assert f"both is in use by process {owner} on " in ended.err[0]
+    assert not (server.folder / "second").exists()
+    os.kill(owner, signal.SIGKILL)
+    server.wait(owner)
 
 
 def test_a_stale_lock_whose_pid_another_process_has(here, monkeypatch, capsys):
@@ -357,3 +468,99 @@ def test_a_run_that_does_not_begin_leaves_no_folder(here, monkeypatch, capsys):
         )  # fmt: skip
         assert status == 2
     assert [path.name for path in here.rglob("*")] == ["kept"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_what_is_in_the_way_of_a_run_folder(here, monkeypatch, capsys, resume):
+    Path("file").write_text("kept")
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "file", *resume)
+    assert (status, len(err)) == (2, 1)
+    assert "file is a file, so it can't be the run folder" in err[0]
+    for name in ("model_best.pt", "metrics.jsonl"):
+        Path(name).mkdir()
+        Path(name, name).write_text("of no run that is known")
+        status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", name, *resume)
+        assert (status, len(err)) == (2, 1)
+        assert "without a checkpoint to continue from" in err[0] or "continue it with" in err[0]
+        assert Path(name, name).read_text() == "of no run that is known"
+
+
+# Streams that are closed or full
+
+
+def test_the_status_is_the_same_where_nothing_can_be_said(server):
+    diverging = [*TINY, "--no-cos_lr", "--lr", "1000", "--output_dir", "unsaid"]
+    assert server.run(*diverging, stderr="/dev/full", stdout="/dev/full").status == 3
+    assert server.run("--layers", "7", stderr="/dev/full").status == 2
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream(here, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--output_dir", "run"])
+    monkeypatch.setattr(sys, name, None)
+    assert train.main() == 0
+    assert Path("run/summary.json").exists()
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        Interrupts().install()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def test_a_compiler_that_ctrl_c_reached_too(here, monkeypatch, capsys):
+    def broken(*_):
+        INTERRUPTS.asked = signal.SIGINT
+        raise compile_errors()[0]("the compiler was killed")
+
+    method = [*TINY, "--output_dir", "run"]
+    monkeypatch.setattr(engine, "train_step", broken)
+    status, _, err = main(monkeypatch, capsys, *method)
+    assert (status, len(err)) == (130, 1)
+    assert not Path("run/checkpoint.pt").exists()
+
+
+def test_a_signal_while_the_first_step_compiles_ends_at_once(monkeypatch):
+    ends = []
+    monkeypatch.setattr("interrupts.os._exit", ends.append)
+    monkeypatch.setattr("interrupts.os.write", lambda *_: 0)
+    interrupts = Interrupts()
+    with interrupts.held(at_once=False):
+        interrupts.handle(signal.SIGTERM)
+        assert (ends, interrupts.asked) == ([143], None)
+        interrupts.hold()
+        interrupts.handle(signal.SIGTERM)
+        assert (ends, interrupts.asked) == ([143], signal.SIGTERM)
+
+
+# What each step draws
+
+
+def test_each_step_draws_from_a_seed_of_its_own(here, monkeypatch, capsys):
+    seeds = {}
+    for folder, more in (("one", []), ("two", []), ("other", ["--seed", "1"])):
+        seeds[folder] = []
+        note = partial(lambda drawn, seed, _: drawn.append(seed), seeds[folder])
+        monkeypatch.setattr(engine, "seed_generators", note)
+        assert main(monkeypatch, capsys, *TINY, *more, "--output_dir", folder)[0] == 0
+    assert seeds["one"] == seeds["two"]
+    assert len({*seeds["one"], *seeds["other"]}) == 2 * 3 * 5  # epochs, steps
+
+
+def test_the_time_of_an_epoch_is_that_of_its_parts(server):
+    method = [*TINY, "--output_dir", "timed", "--resume", "auto"]
+    seconds = []
+    for line in (200, 400):
+        ended = server.run(*method, line=line, files=["engine.py"], send=["SIGTERM"])
+        assert ended.status == 143
+        state = read_checkpoint(server.folder / "timed/checkpoint.pt")
+        seconds.append((state.epoch, state.totals["seconds"]))
+    assert seconds[0][0] == seconds[1][0] == 0
+    assert seconds[1][1] > seconds[0][1] > 0
+    began = (server.folder / "timed/environment.jsonl").read_text().splitlines()
+    assert json.loads(began[1])["step"] > 0 == json.loads(began[0])["step"]

@@ -14,9 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train
 from configs import DATASETS, InputError, one_line
 from models import build_network
-from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint
 from options import NETWORK_OPTIONS, as_arguments, build_parser, read_options
-from training import Checkpoint
 
 PROPERTY = settings(
     deadline=None, derandomize=True, max_examples=500, database=None,

@@ -109,3 +109,18 @@ def test_peak_counts_what_is_alive_before_the_step():
 def test_readable():
     assert readable(467 * 2**20) == "467 MiB"
     assert readable(2464 * 2**20) == "2.41 GiB"
+
+
+def test_a_meter_goes_on_from_its_state():
+    """Of steps of the same kind; compiled ones are watched anew until all three have been."""
+    cpu = torch.device("cpu")
+    state = {"bytes": 123, "largest": 4, "steps": 2, "how": PeakMemory(cpu).how}
+    meter = PeakMemory(cpu)
+    meter.load(state)
+    assert meter.state() == state
+    meter.load(state | {"bytes": 9, "how": "another"})
+    assert meter.bytes == 123
+    for steps, peak in ((2, 0), (3, 123)):
+        compiled = PeakMemory(cpu, compiled=True)
+        compiled.load(state | {"how": compiled.how, "steps": steps})
+        assert compiled.bytes == peak
