@@ -5,7 +5,6 @@ in is checked before anything is made of it: it may be damaged, or meant to do h
 """
 
 import errno
-import json
 import math
 import pickletools
 import re
@@ -178,9 +177,10 @@ def _reason(error: Exception) -> str:
 
 
 def _from_contents(contents: dict) -> Checkpoint:
-    if str(contents.get("format")).startswith("contsup-") and contents["format"] != FORMAT:
+    version = contents.get("format")
+    if isinstance(version, str) and version != FORMAT:
         raise Unreadable("the checkpoint is of a later version of this project")
-    if contents.get("format") == FORMAT:
+    if version == FORMAT:
         return Checkpoint(**{k: v for k, v in contents.items() if k != "format"})
     state_dict = contents["state_dict"]
     if not is_official(state_dict):
@@ -205,31 +205,38 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     for part in ("state_dict", "momentum"):
         for name, value in getattr(checkpoint, part).items():
             _check(_is_plain_tensor(value), f"{name!r} in its {part} is no tensor")
-    for part in ("totals", "peak"):
-        for name, value in getattr(checkpoint, part).items():
-            known = isinstance(value, str) or _is_real(value) or _is_plain_tensor(value)
-            _check(known, f"{name!r} in its {part} is not what it should be")
-    if totals := checkpoint.totals:
-        counts = (totals["samples"], totals["steps"], totals["full"])
-        _check(all(map(_is_count, counts)) and min(counts) > 0, "its totals count no steps")
-        _check(_is_real(totals["seconds"]) and totals["seconds"] > 0, "its totals took no time")
-        sums = [value for value in totals.values() if isinstance(value, Tensor)]
-        _check(all(value.isfinite().all() for value in sums), "its totals are not finite")
+    for value in checkpoint.peak.values():
+        _check(isinstance(value, str) or _is_count(value), "its peak is not what it should be")
     classes = checkpoint.classes
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     _check(named, "its classes are not a list of names")
     for state in checkpoint.scalers:
         _check(state.keys() == SCALER and all(map(_is_real, state.values())), "its scalers' state")
+    if checkpoint.totals:
+        _check_totals(checkpoint.totals)
     _check_history(checkpoint)
     return checkpoint
 
 
+def _check_totals(totals: dict[str, Tensor | int | float]) -> None:
+    counts = (totals["samples"], totals["steps"], totals["full"])
+    _check(all(map(_is_count, counts)) and min(counts) > 0, "its totals count no steps")
+    _check(_is_real(totals["seconds"]) and totals["seconds"] > 0, "its totals took no time")
+    for name in totals.keys() - {"samples", "steps", "full", "seconds"}:
+        sums = totals[name]
+        _check(_is_plain_tensor(sums) and bool(sums.isfinite().all()), f"its totals' {name}")
+
+
 def _check_history(checkpoint: Checkpoint) -> None:
-    json.dumps(list(checkpoint.history), allow_nan=False)  # it is to be a metrics.jsonl
+    """Rows of figures and lists of figures, which metrics.jsonl is made of."""
     first = checkpoint.epoch - len(checkpoint.history) + 1
     for epoch, row in enumerate(checkpoint.history, start=first):
         numbers = (row["test_error"], row["samples_per_second"], row["peak_memory_bytes"])
         _check(row["epoch"] == epoch and all(map(_is_real, numbers)), f"its history of {epoch}")
+        for name, value in row.items():
+            figures = value if isinstance(value, list) else [value]
+            finite = (x is None or (type(x) in (int, float) and math.isfinite(x)) for x in figures)
+            _check(isinstance(name, str) and all(finite), f"its history of {epoch}")
 
 
 def _check(is_so: bool, otherwise: str) -> None:

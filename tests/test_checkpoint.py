@@ -472,7 +472,8 @@ def nested(levels):
 @pytest.mark.parametrize(
     "parts",
     [
-        {"epoch": nested(60)}, {"options": {"layers": nested(60)}},
+        {"format": nested(60)}, {"history": [ROW | {"more": nested(60)}]}, {"epoch": nested(60)},
+        {"options": {"layers": nested(60)}},
         {"totals": GOOD | {"samples": nested(60)}}, {"history": [ROW | {"more": torch.zeros(1)}]},
         {"state_dict": torch.zeros(2)}, {"state_dict": [1]}, {"momentum": None},
         {"totals": GOOD | {"samples": 0}}, {"totals": GOOD | {"seconds": 0.0}},
