@@ -219,14 +219,15 @@ experiment() {
 }
 
 # Run a command in reach of what this script is told to stop by, and then stop; else its status.
+# It is in the background, where bash would have it deaf to Ctrl-C, since a shell acts on a signal
+# only when what it runs in the foreground has ended: a run may take days.
 in_reach() {
-    local child status stopped=""
-    set -m # in a process group of its own: elsewhere it would be deaf to Ctrl-C
-    "$@" &
+    local child="" status stopped=""
+    trap 'stopped=130; hand_on INT "$child"' INT
+    trap 'stopped=143; hand_on TERM "$child"' TERM HUP
+    (trap - INT QUIT; exec "$@") <&0 &
     child=$!
-    set +m
-    trap 'stopped=130; kill -INT "$child" 2> /dev/null || true' INT
-    trap 'stopped=143; kill -TERM "$child" 2> /dev/null || true' TERM HUP
+    [ -z "$stopped" ] || hand_on TERM "$child"
     while true; do
         status=0
         wait "$child" || status=$?
@@ -236,6 +237,10 @@ in_reach() {
     trap - INT TERM HUP
     [ -z "$stopped" ] || exit "$stopped"
     return "$status"
+}
+
+hand_on() {
+    [ -z "$2" ] || kill "-$1" "$2" 2> /dev/null || true
 }
 
 # Ends with status 2 and one line where the options of a call can't be read: nor could any call's.

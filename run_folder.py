@@ -74,9 +74,8 @@ class RunFolder:
         Raises InputError if another does, or if it cannot be written, CannotSave if the disk is
         full.
         """
-        checkpoints = self.checkpoint.parent.resolve()
         with _locked(self.path):
-            if self.path.resolve() in (checkpoints, *checkpoints.parents):
+            if self._keeps_checkpoints_within():
                 yield
             else:
                 with _locked(self.checkpoint.parent):
@@ -107,15 +106,39 @@ class RunFolder:
             if earlier.get("checkpoint") != self.options["checkpoint"]:
                 raise InputError(f"{what} with --checkpoint {earlier.get('checkpoint')}: give that")
             return
-        if not self.checkpoint.exists() and not self.best.exists():
+        if not self.files():
             raise InputError(f"{what} without a checkpoint to continue from: {ELSEWHERE}")
         if resumed is None:
-            how = "continue it with" if self.summary not in kept else "look at it with"
-            option = "--resume" if self.summary not in kept else "--evaluate"
-            raise InputError(f"{what}: {how} {option} {self.checkpoint}, or {ELSEWHERE}")
-        if not is_same(resumed, self.checkpoint) and not is_same(resumed, self.newest()):
+            how = f"continue it with {self.to_resume()}"
+            if self.summary in kept:
+                how = f"look at it with --evaluate {self.files()[0]}"
+            raise InputError(f"{what}: {how}, or {ELSEWHERE}")
+        if not is_same(resumed, self.checkpoint) and not self._is_newest(resumed, checkpoint):
             raise InputError(f"{what} that {resumed} is not the state of: {ELSEWHERE}")
         self._check_same(checkpoint.options, what)
+
+    def files(self) -> list[Path]:
+        """checkpoint.pt and model_best.pt, as far as they are there."""
+        return [path for path in (self.checkpoint, self.best) if holds(path)]
+
+    def to_resume(self) -> str:
+        """The options that continue the run whose `files` are here."""
+        options = f"--resume {self.files()[0]}"
+        if self._keeps_checkpoints_within():
+            return options
+        return f"{options} --output_dir {self.path} --checkpoint {self.options['checkpoint']}"
+
+    def _keeps_checkpoints_within(self) -> bool:
+        checkpoints = self.checkpoint.parent.resolve()
+        return self.path.resolve() in (checkpoints, *checkpoints.parents)
+
+    def _is_newest(self, resumed: str, checkpoint: Checkpoint) -> bool:
+        """Whether this is model_best.pt, and no fewer steps are in it than in checkpoint.pt."""
+        newest = self.newest()
+        if newest is None or not is_same(resumed, self.best):
+            return False
+        state = read_checkpoint(newest)
+        return (checkpoint.epoch, checkpoint.step) >= (state.epoch, state.step)
 
     def _check_same(self, earlier: dict[str, object], what: str) -> None:
         if changed := self._changed(earlier):
@@ -128,7 +151,7 @@ class RunFolder:
 
     def _states(self) -> Iterator[tuple[Path, Checkpoint | InputError]]:
         """The files in the place of checkpoints, and what they hold or why they are none."""
-        for path in filter(holds, (self.checkpoint, self.best)):
+        for path in self.files():
             try:
                 yield path, read_checkpoint(path)
             except Unreadable:

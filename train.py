@@ -166,9 +166,9 @@ def how_to_go_on(folder: RunFolder) -> str:
     """What is left of a run that was ended, in a few words."""
     if folder.is_finished():
         return "the run is finished"
-    if not folder.checkpoint.exists():
+    if not folder.files():
         return "no checkpoint has been written, so there is nothing to continue from"
-    return f"continue with --resume {folder.checkpoint}"
+    return f"continue with {folder.to_resume()}"
 
 
 def make_network(

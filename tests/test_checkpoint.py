@@ -356,6 +356,15 @@ def test_a_folder_or_nothing_is_no_checkpoint(here):
             read_checkpoint(path)
 
 
+def test_an_older_best_is_not_what_a_run_goes_on_from(monkeypatch, capsys):
+    run_to(monkeypatch, capsys, "run", "E")
+    Path("run/summary.json").unlink()
+    assert read_checkpoint("run/model_best.pt").epoch == 1
+    status, _, err = main(monkeypatch, capsys, "--resume", "run/model_best.pt")
+    assert (status, len(err)) == (2, 1)
+    assert "that run/model_best.pt is not the state of" in err[0]
+
+
 class StopHere(Exception):
     """Stands for a power cut."""
 

@@ -1,11 +1,13 @@
 """command.sh: the paper's experiments as train.py calls, and how they are run."""
 
 import os
+import pty
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ echo "$*" >> calls
 if [ -n "$WAITS" ]; then # until it is told to stop, for which it takes some time
     trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
     trap 'sleep 0.3; echo saved >> calls; exit 130' INT
+    echo running
     touch begun
     while :; do sleep 0.05; done
 fi
@@ -212,6 +215,57 @@ def test_a_signal_is_handed_on_to_the_run(clone, target, to_all, name, status):
     calls = (clone / "calls").read_text().splitlines()
     assert len(calls) == 2
     assert calls[1] == "saved"
+
+
+def in_the_foreground(command, folder):
+    """Run a command as an interactive shell does; its status."""
+    pid = os.fork()
+    if not pid:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.chdir(folder)
+        os.execve(command[0], command, os.environ | {"WAITS": "yes"})
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    os.setpgid(pid, pid)
+    os.tcsetpgrp(0, pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def children(pid):
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_keys_of_a_terminal_reach_the_run(clone):
+    """Ctrl-Z stops it for a while, Ctrl-C for good; a terminal that is strict lets it write."""
+    shell, terminal = pty.fork()
+    if not shell:
+        os._exit(in_the_foreground(["./command.sh", "table1"], clone))
+    strict = termios.tcgetattr(terminal)
+    strict[3] |= termios.TOSTOP  # what writes from the background is stopped
+    termios.tcsetattr(terminal, termios.TCSANOW, strict)
+    wait_until((clone / "begun").exists)
+    (script,) = children(shell)
+    (run,) = children(script)
+    os.write(terminal, b"\x1a")
+    wait_until(lambda: state_of(script) == state_of(run) == "T")
+    os.killpg(script, signal.SIGCONT)
+    wait_until(lambda: "T" not in (state_of(script), state_of(run)))
+    os.write(terminal, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(shell, 0)[1]) == 130
+    assert (clone / "calls").read_text().splitlines()[1:] == ["saved"]
+    os.close(terminal)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,13 +407,11 @@ def snapshot(folder):
         ([], "holds a finished run"),
         (["--lr", "0.2"], "holds a finished run"),
         (["--resume", "run/checkpoint.pt", "--epochs", "4"], "of other options (epochs 3, now 4"),
-        (["--resume", "run/model_best.pt", "--epochs", "9"], "is not the state of"),
+        (["--resume", "run/model_best.pt", "--epochs", "9"], "of other options (epochs 3, now 9"),
     ],
 )
 def test_a_finished_run_is_not_overwritten(monkeypatch, capsys, options, message):
     main(monkeypatch, capsys, *TINY, "--output_dir", "run")
-    if "run/model_best.pt" in options:  # whichever epoch was best, it is not checkpoint.pt
-        assert Path("run/model_best.pt").exists()
     before = snapshot("run")
     status, _, err = main(monkeypatch, capsys, *TINY, *options, "--output_dir", "run")
     assert (status, len(err)) == (2, 1)
@@ -492,6 +491,40 @@ def test_interrupt_says_how_to_continue(monkeypatch, capsys):
     assert status == 130
     assert "stopped by SIGINT; continue with --resume run/checkpoint.pt" in err[-1]
     assert len(metrics_of("run")) == 1
+
+
+@pytest.mark.parametrize("where", [".", "sub", "..", "absolute"])
+def test_what_is_said_to_continue_with_does(monkeypatch, capsys, tmp_path, where):
+    where = str(tmp_path / where) if where == "absolute" else where
+    undo = interrupt_after(monkeypatch, 1)
+    method = [*TINY, "--output_dir", "runs/mine", "--checkpoint", where]
+    status, _, err = main(monkeypatch, capsys, *method)
+    assert status == 130
+    undo()
+    said = main(monkeypatch, capsys, *method)[2][0]  # the same run begun again
+    for line in (err[-1], said):
+        assert "--resume " in line
+    how = err[-1].split("continue with ")[1]
+    assert f"continue it with {how}, or" in said
+    assert main(monkeypatch, capsys, *how.split())[0] == 0
+    assert [m["epoch"] for m in metrics_of("runs/mine")] == [1, 2, 3]
+    assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["mine"]
+
+
+def test_a_best_without_a_last_is_what_is_said_to_continue_with(monkeypatch, capsys):
+    undo = interrupt_after(monkeypatch, 1)
+    assert main(monkeypatch, capsys, *TINY, "--output_dir", "run")[0] == 130
+    undo()
+    shutil.copy("run/model_best.pt", "run/checkpoint.pt")  # the same state: either will do
+    shutil.copytree("run", "other")
+    Path("run/checkpoint.pt").unlink()
+    status, _, err = main(monkeypatch, capsys, *TINY, "--output_dir", "run")
+    assert (status, len(err)) == (2, 1)
+    assert "continue it with --resume run/model_best.pt, or" in err[0]
+    for folder in ("run", "other"):
+        assert main(monkeypatch, capsys, "--resume", f"{folder}/model_best.pt")[0] == 0
+        assert [m["epoch"] for m in metrics_of(folder)] == [1, 2, 3]
+    assert_same_state("run/checkpoint.pt", "other/checkpoint.pt")
 
 
 def test_checkpoint_option_names_the_folder_of_the_checkpoints(monkeypatch, capsys):
