@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -34,6 +35,10 @@ UNDECLARED = {
     for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 }
 """Arguments that operations write to, though their schemas don't say so."""
+
+
+NODES = 100_000
+"""Of so many autograd nodes at least, the latest, the modules are known: some steps' worth."""
 
 
 class BadTensor(NamedTuple):
@@ -203,6 +208,9 @@ class FirstAnomaly(TorchDispatchMode):
         """Autograd numbers its nodes, and makes an operation's right before the operation runs."""
         latest = torch._C._autograd._get_sequence_nr() - 1
         self._module_of_node.setdefault(latest, self._module(None))
+        if len(self._module_of_node) > 2 * NODES:
+            for number in list(islice(self._module_of_node, NODES)):
+                del self._module_of_node[number]
 
     def _module(self, node: Any) -> str:
         if self._running:  # in the backward too, where it runs a forward again

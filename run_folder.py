@@ -106,24 +106,24 @@ class RunFolder:
             if earlier.get("checkpoint") != self.options["checkpoint"]:
                 raise InputError(f"{what} with --checkpoint {earlier.get('checkpoint')}: give that")
             return
-        if not self.files():
+        if not self.checkpoints():
             raise InputError(f"{what} without a checkpoint to continue from: {ELSEWHERE}")
         if resumed is None:
             how = f"continue it with {self.to_resume()}"
             if self.summary in kept:
-                how = f"look at it with --evaluate {self.files()[0]}"
+                how = f"look at it with --evaluate {self.checkpoints()[0]}"
             raise InputError(f"{what}: {how}, or {ELSEWHERE}")
         if not is_same(resumed, self.checkpoint) and not self._is_newest(resumed, checkpoint):
             raise InputError(f"{what} that {resumed} is not the state of: {ELSEWHERE}")
         self._check_same(checkpoint.options, what)
 
-    def files(self) -> list[Path]:
+    def checkpoints(self) -> list[Path]:
         """checkpoint.pt and model_best.pt, as far as they are there."""
         return [path for path in (self.checkpoint, self.best) if holds(path)]
 
     def to_resume(self) -> str:
-        """The options that continue the run whose `files` are here."""
-        options = f"--resume {self.files()[0]}"
+        """The options that continue the run whose `checkpoints` are here."""
+        options = f"--resume {self.checkpoints()[0]}"
         if self._keeps_checkpoints_within():
             return options
         return f"{options} --output_dir {self.path} --checkpoint {self.options['checkpoint']}"
@@ -151,7 +151,7 @@ class RunFolder:
 
     def _states(self) -> Iterator[tuple[Path, Checkpoint | InputError]]:
         """The files in the place of checkpoints, and what they hold or why they are none."""
-        for path in self.files():
+        for path in self.checkpoints():
             try:
                 yield path, read_checkpoint(path)
             except Unreadable:
@@ -200,9 +200,8 @@ class RunFolder:
             return list(checkpoint.history)
         written = {m.get("epoch"): m for m in read_metrics(self.metrics)}  # of an earlier version
         unbroken, epoch = [], checkpoint.epoch
-        while {"test_error", "samples_per_second", "peak_memory_bytes"} <= {
-            *written.get(epoch, ())
-        }:
+        needed = {"test_error", "samples_per_second", "peak_memory_bytes"}
+        while needed <= {*written.get(epoch, ())}:
             unbroken.insert(0, written[epoch])
             epoch -= 1
         return unbroken

@@ -166,7 +166,7 @@ def how_to_go_on(folder: RunFolder) -> str:
     """What is left of a run that was ended, in a few words."""
     if folder.is_finished():
         return "the run is finished"
-    if not folder.files():
+    if not folder.checkpoints():
         return "no checkpoint has been written, so there is nothing to continue from"
     return f"continue with {folder.to_resume()}"
 

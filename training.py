@@ -45,6 +45,13 @@ class Diverged(Exception):
 class Training:
     """Where a run's training stands, and how it goes on.
 
+    Args:
+        network: on its device.
+        options: complete.
+        folder: what the run leaves, opened before `run`.
+        train_batches, test_batches: augmented and shuffled; plain.
+        classes: their names, in the order of the targets.
+        compile_time: tells of compilations, with --compile.
     Attributes:
         epoch: epochs done.
         totals: of the epoch under way.

@@ -522,3 +522,12 @@ def test_may_be_entered_again_after_an_exception():
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_what_is_remembered_of_nodes_does_not_grow_with_the_steps(monkeypatch):
+    monkeypatch.setattr(anomaly, "NODES", 50)
+    x = torch.ones(2, requires_grad=True)
+    with anomaly.FirstAnomaly(torch.nn.Identity()) as watch:
+        for _ in range(500):
+            x = x * 1
+        assert 50 <= len(watch._module_of_node) <= 101

@@ -26,12 +26,7 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder, and a test split of 40 images."""
-    monkeypatch.chdir(tmp_path)
-    few_test_images(monkeypatch)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cli import end_of, few_test_images, main
+from cli import end_of, main
 from fork_server import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -49,11 +49,9 @@ def test_the_same_bits_whatever_the_threads(tmp_path, options):
     assert threads == [1, 1]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    few_test_images(monkeypatch)
-    yield tmp_path
+@pytest.fixture(autouse=True)
+def switched_off_again():
+    yield
     torch.use_deterministic_algorithms(False)
 
 

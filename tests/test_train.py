@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import few_test_images, main
+from cli import main
 from golden import fill
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,11 +38,7 @@ TINY = [*TINY_NET, "--local_module_num", "2"]
 ROOT = Path(train.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Run in an empty folder, with a test split of 40 images."""
-    monkeypatch.chdir(tmp_path)
-    few_test_images(monkeypatch)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def metrics_of(folder):
