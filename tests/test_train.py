@@ -507,6 +507,25 @@ def test_what_is_said_to_continue_with_does(monkeypatch, capsys, tmp_path, where
     assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["mine"]
 
 
+def test_what_another_process_did_until_the_lock_is_seen(monkeypatch, capsys):
+    """It finished the run that this one had read the first epoch of."""
+    assert main(monkeypatch, capsys, *TINY, "--output_dir", "whole")[0] == 0
+    undo = interrupt_after(monkeypatch, 1)
+    assert main(monkeypatch, capsys, *TINY, "--output_dir", "run")[0] == 130
+    undo()
+    lock = RunFolder.locked
+
+    def locked_late(folder):
+        shutil.copy("whole/checkpoint.pt", folder.checkpoint)
+        return lock(folder)
+
+    monkeypatch.setattr(RunFolder, "locked", locked_late)
+    status, out, _ = main(monkeypatch, capsys, "--resume", "run/checkpoint.pt")
+    assert status == 0
+    assert not any("  lr " in line for line in out)
+    assert metrics_of("run") == metrics_of("whole")
+
+
 def test_a_best_without_a_last_is_what_is_said_to_continue_with(monkeypatch, capsys):
     undo = interrupt_after(monkeypatch, 1)
     assert main(monkeypatch, capsys, *TINY, "--output_dir", "run")[0] == 130
