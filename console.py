@@ -44,14 +44,15 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def __call__(self, step: int, losses: list[float] | None) -> None:
-        """Show that `step`, from 1, is done, and its mean losses so far where they were read."""
+    def took(self) -> None:
+        """A step is done."""
         self.bar.update()
         if self.compile_time is not None and self.compile_time.is_news():
             self.bar.clear()
             print(self.compile_time.news(), flush=True)
-        if losses is None:
-            return
+
+    def show(self, step: int, losses: list[float]) -> None:
+        """The mean losses up to `step`, from 1."""
         text = f"loss {losses[-1]:.4f}, mean of the local losses {statistics.mean(losses):.4f}"
         self.bar.set_postfix_str(text)
         if self.bar.disable:

@@ -383,6 +383,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.split.targets) // self.batch_size)
 
+    def sizes(self) -> list[int]:
+        """Samples of each batch of an epoch."""
+        whole, rest = divmod(len(self.split.targets), self.batch_size)
+        return [self.batch_size] * whole + [rest] * bool(rest)
+
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (N, 3, S, S) float32 and targets (N,) int64, without the first `skip`.
 
@@ -490,12 +495,13 @@ def pinned_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return torch.index_select(tensor, 0, rows, out=out)
 
 
-def epoch_seed(seed: int, epoch: int, stream: int) -> int:
-    """A seed for torch that depends on all three (0 or more each).
+def epoch_seed(seed: int, epoch: int, stream: int, *more: int) -> int:
+    """A seed for torch that depends on all of them (0 or more each).
 
-    Stream 0 is of the epoch's data, stream n of what its step n draws (dropout).
+    Stream 0 is of the epoch's data, stream n of what its step n draws (dropout), `more` being the
+    module that draws it.
     """
-    state = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([seed, epoch, stream, *more]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 
 

@@ -37,29 +37,33 @@ class Totals:
     and the steps of each module before that are counted.
 
     Attributes:
+        modules: those that the network holds.
         samples, steps: in the sums.
         seconds: that the steps took, for who measures it.
         full: size of the largest batch among them.
     """
 
     def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
-        self.modules = network.local_modules
+        self.modules = network.held
         self.samples = self.steps = self.full = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
         self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
         self._finite_steps = torch.zeros(len(self.modules), dtype=torch.int64, device=device)
 
-    def add(self, index: int, loss: Tensor, output: Tensor, targets: Tensor) -> None:
-        """Module `index` had this mean loss and head output (N, D) on targets (N,)."""
-        self._losses[index] += loss * len(targets)
-        if self.modules[index].task.classifies:
-            self._wrong[index] += (output.argmax(dim=1) != targets).sum()
-        if index == len(self.modules) - 1:
-            self._finite_steps += self._losses.isfinite()
-            self.samples += len(targets)
-            self.steps += 1
-            self.full = max(self.full, len(targets))
+    def add(self, module: LocalModule, loss: Tensor, output: Tensor, targets: Tensor) -> None:
+        """The module had this mean loss and head output (N, D) on targets (N,)."""
+        place = module.index - self.modules[0].index
+        self._losses[place] += loss * len(targets)
+        if module.task.classifies:
+            self._wrong[place] += (output.argmax(dim=1) != targets).sum()
+
+    def count(self, samples: int) -> None:
+        """A step of so many samples is done."""
+        self._finite_steps += self._losses.isfinite()
+        self.samples += samples
+        self.steps += 1
+        self.full = max(self.full, samples)
 
     def losses(self) -> list[float]:
         """Mean loss of each module."""
@@ -74,7 +78,9 @@ class Totals:
         """Module and step, from 1, of the first loss that was NaN or infinite, if one was."""
         finite = self._finite_steps.tolist()
         fewest = min(finite)
-        return (finite.index(fewest), fewest + 1) if fewest < self.steps else None
+        if fewest == self.steps:
+            return None
+        return self.modules[finite.index(fewest)].index, fewest + 1
 
     def state(self) -> dict[str, Tensor | int]:
         """All of it, to go on from with `load`."""
@@ -127,9 +133,9 @@ class LocalSGD(torch.optim.SGD):
 
 
 def make_optimizers(network: ContSupNetwork) -> list[LocalSGD]:
-    """One a module, for a network that is on its device."""
+    """One a module that the network holds; it is on its device."""
     scale = network.narrow is torch.float16
-    return [LocalSGD(module, scale) for module in network.local_modules]
+    return [LocalSGD(module, scale) for module in network.held]
 
 
 def train_step(
@@ -138,6 +144,7 @@ def train_step(
     images: Tensor,
     targets: Tensor,
     totals: Totals,
+    begin: Callable[[LocalModule], None] = lambda module: None,
 ) -> Iterator[LocalModule]:
     """Each module's forward, backward and optimizer step; then its gradients are freed.
 
@@ -147,17 +154,20 @@ def train_step(
         images: (N, 3, H, W), normalised.
         targets: (N,) class indices.
         totals: to which the module's loss and wrong answers are added.
+        begin: called with each module before its forward.
     """
+    own = dict(zip(network.held, optimizers, strict=True))
 
     def scaled(module: LocalModule, loss: Tensor) -> Tensor:
-        return optimizers[module.index].scaler.scale(loss)
+        return own[module].scaler.scale(loss)
 
-    for local in network.local_steps(images, targets, scaled):
+    for local in network.local_steps(images, targets, scaled, begin):
         module = local.module
-        optimizers[module.index].step_and_free()
-        totals.add(module.index, local.loss, local.output, targets)
+        own[module].step_and_free()
+        totals.add(module, local.loss, local.output, targets)
         del local
         yield module
+    totals.count(len(targets))
 
 
 def train_one_epoch(
@@ -167,26 +177,30 @@ def train_one_epoch(
     peak: PeakMemory,
     report: Callable[[int, Totals], None],
     totals: Totals | None = None,
-    seed_of: Callable[[int], int] | None = None,
+    seed_of: Callable[[int, int], int] | None = None,
 ) -> Totals:
     """One pass over `batches` of images (N, 3, H, W) and targets (N,), or the rest of one.
 
     Args:
         report: `report(step, totals)` is called after each step, from 1.
         totals: of the steps of this epoch that were taken before, whose batches are left out.
-        seed_of: seed of torch's generators in a step, so that dropout draws the same wherever an
-            epoch is taken up again; without it they run on.
+        seed_of: seed of torch's generators for (step, module), so that dropout draws the same
+            wherever an epoch is taken up again, and wherever the module runs; without it they run
+            on.
     """
     network.train()
     totals = totals or Totals(network, peak.device)
     for step, (images, targets) in enumerate(batches, start=totals.steps + 1):
-        if seed_of is not None:
-            seed_generators(seed_of(step), peak.device)
+
+        def begin(module: LocalModule, step: int = step) -> None:
+            if seed_of is not None:
+                seed_generators(seed_of(step, module.index), peak.device)
+
         alive = partial(tensors_alive, network, optimizers, images, targets)
         # The last batch of an epoch may be smaller: code of its own would cost more than it saves.
         rare = network.eagerly() if len(targets) < totals.full else nullcontext()
         with rare, peak.step(len(targets), alive):
-            for _ in train_step(network, optimizers, images, targets, totals):
+            for _ in train_step(network, optimizers, images, targets, totals, begin):
                 pass
         report(step, totals)
     return totals
@@ -204,7 +218,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def evaluate(
     network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Totals:
-    """Cross entropy and error of every head that classifies; the network's own are the last.
+    """Cross entropy and error of every head held that classifies; the network's own are the last.
 
     `batches` are of images (N, 3, H, W) and targets (N,).
     """
@@ -212,10 +226,11 @@ def evaluate(
     totals = Totals(network, device)
     with network.eagerly():
         for images, targets in batches:
-            for index, (module, h_out) in enumerate(network.features(images)):
+            for module, h_out in network.features(images):
                 if module.task.classifies:
                     output = network.head_output(module, h_out)
-                    totals.add(index, F.cross_entropy(output, targets), output, targets)
+                    totals.add(module, F.cross_entropy(output, targets), output, targets)
+            totals.count(len(targets))
     return totals
 
 
@@ -226,14 +241,14 @@ def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor
     Args:
         images: (N, 3, H, W), normalised.
     Returns:
-        `image`, then `cut [stage, block]` from first to last -> (N, 3, H, W) in [0, 1]; empty for a
-        network without decoders.
+        `image`, then `cut [stage, block]` from first to last -> (N, 3, H, W) in [0, 1], of the cuts
+        after modules held; empty for a network without decoders.
     """
-    pixels = network.pixels(images)
-    if pixels is None:
+    if all(module.decoder is None for module in network.local_modules):
         return {}
     network.eval()
-    rows = {"image": pixels}
+    pixels = network.pixels(images)
+    rows = {} if pixels is None else {"image": pixels}
     with network.eagerly():
         for module, h_out in network.features(images):
             if module.decoder is not None:
@@ -245,7 +260,12 @@ def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor
 def tensors_alive(
     network: ContSupNetwork, optimizers: list[LocalSGD], *batch: Tensor
 ) -> list[Tensor]:
-    """What exists before a step: weights, statistics, momentum and the batch."""
+    """What exists before a step: weights, statistics, momentum, batch, and what is in flight."""
+    return [*state_of(network.held, optimizers), *batch, *network.ends.in_flight()]
+
+
+def state_of(modules: Iterable[LocalModule], optimizers: Iterable[LocalSGD]) -> list[Tensor]:
+    """Weights, statistics and momentum."""
+    own = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
     momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]
-    kept = [*network.parameters(), *network.buffers(), *momentum, *batch]
-    return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+    return [tensor for tensor in (*own, *momentum) if isinstance(tensor, Tensor)]

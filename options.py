@@ -94,6 +94,15 @@ def cut(text: str) -> Cut:
     return int(match[1]), int(match[2])
 
 
+def module_range(text: str) -> range:
+    """`FIRST-LAST`, or one module."""
+    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if first > last:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of modules such as 0-7")
+    return range(first, last + 1)
+
+
 def device_name(text: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
@@ -191,6 +200,24 @@ def build_parser() -> Parser:
         help="on the CPU keep freed memory in the process, where the C library would hand it to "
         "the kernel and get it back cleared, page by page, every step")
 
+    parallel = parser.add_argument_group("parallel")
+    add = parallel.add_argument
+    add("--parallel", choices=["modules", "data"],
+        help="train in the processes that torchrun starts, by the same numbers as in one (modules: "
+        "each has some of the modules) or with each batch split among them (data)")
+    add("--module_ranges", type=module_range, nargs="*", metavar="A-B",
+        help="modules of each process, first to last, such as 0-7 8-15 (default: those with the "
+        "smallest largest time of a step, which is measured)")
+    add("--sync_bn", **switch,
+        help="with --parallel data, BatchNorm takes its statistics of the whole batch")
+    add("--nproc", type=whole(1, 100_000), nargs="+", metavar="P",
+        help="with --dry_run --parallel modules: numbers of processes to plan for (default: 1, 2, "
+        "4, ... and K)")
+    add("--device_tflops", type=positive, default=5.0, metavar="T",
+        help="for that: 10^12 FLOPs a second that a device keeps up in these steps")
+    add("--link_gbs", type=positive, default=12.0, metavar="GB",
+        help="for that: 10^9 bytes a second from one device to the next")
+
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--dataset", choices=list(DATASETS), default="digits", help="folder: images of your own")
@@ -262,7 +289,7 @@ NETWORK_OPTIONS = (
 
 NOT_OF_THE_RUN = (
     "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq",
-    "detect_anomaly",
+    "detect_anomaly", "parallel", "module_ranges", "sync_bn", "nproc", "device_tflops", "link_gbs",
 )  # fmt: skip
 """Options that say how and where to run, not what: a checkpoint does not hold them."""
 
@@ -354,6 +381,8 @@ def check_ways(options: argparse.Namespace) -> None:
                          "--deterministic: leave one of them out")  # fmt: skip
     if options.detect_anomaly and options.compile:
         raise InputError("--detect_anomaly sees into no compiled step: give --compile False")
+    if options.detect_anomaly and options.parallel:
+        raise InputError("--detect_anomaly looks at one process: leave --parallel out")
 
 
 def check_together(options: argparse.Namespace) -> None:
@@ -371,6 +400,13 @@ def check_together(options: argparse.Namespace) -> None:
         raise InputError("--json is how --dry_run prints its plan: give --dry_run as well")
     if options.save_plan and not options.dry_run:
         raise InputError("--save_plan keeps the plan of --dry_run: give --dry_run as well")
+    for name, wanted in (("module_ranges", "modules"), ("nproc", "modules"), ("sync_bn", "data")):
+        if getattr(options, name) and options.parallel != wanted:
+            raise InputError(f"--{name} is for --parallel {wanted}: give that, or leave it out")
+    if options.dry_run and options.parallel == "data":
+        raise InputError("--dry_run plans --parallel modules; with data, plan a smaller batch")
+    if options.nproc and not options.dry_run:
+        raise InputError("--nproc is for --dry_run; a run has the processes that torchrun starts")
     if options.memory_budget and options.local_module_num:
         raise InputError(
             "--memory_budget finds the number of modules: leave --local_module_num out"

@@ -61,8 +61,9 @@ def set_switches(
 def ready(
     network: ContSupNetwork, device: torch.device, *, channels_last: bool, compiled: bool
 ) -> ContSupNetwork:
-    """The network on its device, its conv weights in the format of the images."""
-    network.to(device=device, memory_format=memory_format(channels_last))
+    """What the network holds on its device, its conv weights in the format of the images."""
+    for module in network.held:
+        module.to(device=device, memory_format=memory_format(channels_last))
     if compiled:
         if device.type == "cpu":  # whose compiler looks for CUDA, and warns that there is none
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

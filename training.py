@@ -3,9 +3,10 @@
 import argparse
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from engine import (
     learning_rate,
     make_optimizers,
     reconstructions,
-    tensors_alive,
+    state_of,
     train_one_epoch,
 )
 from interrupts import INTERRUPTS, Interrupted
@@ -124,8 +125,12 @@ class Training:
     def save(self) -> None:
         """Put checkpoint.pt in the place of the last; raises CannotSave, and Diverged before."""
         self.check_state()
-        save_checkpoint(self.folder.checkpoint, self.checkpoint())
+        self.write(self.folder.checkpoint, self.checkpoint())
         self.is_saved = True
+
+    def write(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint file in the place of the last; raises CannotSave."""
+        save_checkpoint(path, checkpoint)
 
     def checkpoint(self) -> Checkpoint:
         """All that it takes to go on from here to the same bits."""
@@ -156,8 +161,8 @@ class Training:
         """Raise Diverged unless the losses, and all that a checkpoint keeps, are finite."""
         if self.totals.steps:
             self.check_losses(self.totals.losses())
-        for module, optimizer in zip(self.network.local_modules, self.optimizers, strict=True):
-            kept = tensors_alive(module, [optimizer])
+        for module, optimizer in zip(self.network.held, self.optimizers, strict=True):
+            kept = state_of([module], [optimizer])
             if not torch.stack([tensor.isfinite().all() for tensor in kept]).all():
                 steps = f"step {self.totals.steps} of " if self.totals.steps else ""
                 epoch = self.epoch + bool(steps)
@@ -185,16 +190,20 @@ class Training:
                 if INTERRUPTS.asked is None:
                     raise
                 raise Interrupted(INTERRUPTS.asked) from error
-            try:
-                summary = self.folder.add_summary(
-                    self.peak, device_name(self.device), self.network.parameter_counts(),
-                    self.data_bytes,
-                )  # fmt: skip
-            except OSError as error:
-                what = f"cannot write {self.folder.summary}: {one_line(error)}"
-                raise CannotSave(what) from error
-            print_summary(summary, self.folder.path)
+            self.finish()
             INTERRUPTS.check()  # nothing is left to do here, but there may be in command.sh
+
+    def finish(self) -> None:
+        """The summary; raises CannotSave."""
+        try:
+            summary = self.folder.add_summary(
+                self.peak, device_name(self.device), self.network.parameter_counts(),
+                self.data_bytes,
+            )  # fmt: skip
+        except OSError as error:
+            what = f"cannot write {self.folder.summary}: {one_line(error)}"
+            raise CannotSave(what) from error
+        print_summary(summary, self.folder.path)
 
     def run_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are left, its evaluation, its line and its checkpoint."""
@@ -203,9 +212,10 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
         self.train(epoch)
-        local_losses, train_errors = self.totals.losses(), self.totals.errors()
-        tested = evaluate(self.network, unless_asked(self.test_batches.epoch(0)), self.device)
-        test_errors = tested.errors()
+        tested, trained = self.evaluated(), self.whole(self.totals)
+        local_losses, train_errors, test_errors = (
+            trained.losses(), trained.errors(), tested.errors()
+        )  # fmt: skip
         if bad := tested.first_not_finite():
             raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
         metrics = {
@@ -218,17 +228,29 @@ class Training:
             "test_loss": tested.losses()[-1],
             "test_error": test_errors[-1],
             "test_errors": test_errors,
-            "samples_per_second": self.totals.samples / self.totals.seconds,
+            "samples_per_second": trained.samples / trained.seconds,
             "peak_memory_bytes": self.peak.bytes,
         }
         self.check_state()
         is_best = test_errors[-1] < self.folder.best_error()
-        self.folder.add_epoch(metrics, reconstructions(self.network, self.shown.to(self.device)))
+        self.folder.add_epoch(metrics, self.reconstructed())
         print_epoch(metrics, o.epochs)
         self.epoch, self.totals = epoch, Totals(self.network, self.device)
         if is_best:  # first: were it second, a run cut off between the two would never write it
-            save_checkpoint(self.folder.best, self.checkpoint())
+            self.write(self.folder.best, self.checkpoint())
         self.save()
+
+    def evaluated(self) -> Totals:
+        """Of the test data."""
+        return evaluate(self.network, unless_asked(self.test_batches.epoch(0)), self.device)
+
+    def whole(self, totals: Totals) -> Totals:
+        """The same of all modules and samples, whoever had them."""
+        return totals
+
+    def reconstructed(self) -> dict[str, Tensor]:
+        """`reconstructions` of the images shown."""
+        return reconstructions(self.network, self.shown.to(self.device))
 
     def train(self, epoch: int) -> None:
         """The steps of an epoch that are left."""
@@ -237,14 +259,12 @@ class Training:
 
         def after_step(step: int, totals: Totals) -> None:
             is_last = step == steps
-            losses = None
+            progress.took()
             if is_last or step % self.options.print_freq == 0:
-                losses = totals.losses()
-                self.check_losses(losses)
+                self.look(step, totals, progress)
             totals.seconds = earlier + time.perf_counter() - start
-            progress(step, losses)
             INTERRUPTS.hold()
-            INTERRUPTS.check()
+            self.check_asked()
             if every and step % every == 0 and not is_last:
                 self.save()
 
@@ -256,10 +276,34 @@ class Training:
         ):
             train_one_epoch(
                 self.network, self.optimizers,
-                self.train_batches.epoch(epoch, skip=self.totals.steps),
+                self.batches(self.train_batches, epoch, skip=self.totals.steps),
                 self.peak, after_step, self.totals,
-                seed_of=partial(epoch_seed, self.options.seed, epoch),
+                seed_of=self.seed_of(epoch),
             )  # fmt: skip
+            self.trained(progress)
+
+    def batches(
+        self, batches: Batches, epoch: int, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of an epoch, without the first `skip`."""
+        return batches.epoch(epoch, skip)
+
+    def look(self, step: int, totals: Totals, progress: Progress) -> None:
+        """Read the losses so far, show them, and raise Diverged where they are not finite."""
+        losses = totals.losses()
+        self.check_losses(losses)
+        progress.show(step, losses)
+
+    def check_asked(self) -> None:
+        """Raise Interrupted if the process is asked to stop."""
+        INTERRUPTS.check()
+
+    def trained(self, progress: Progress) -> None:
+        """The steps of the epoch are done."""
+
+    def seed_of(self, epoch: int) -> Callable[[int, int], int] | None:
+        """Seed of what (step, module) draws; None where nothing is drawn."""
+        return partial(epoch_seed, self.options.seed, epoch) if self.options.droprate else None
 
     def watched(self) -> AbstractContextManager:
         """With --detect_anomaly each operation is; losses scaled for float16 may overflow."""

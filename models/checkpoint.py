@@ -299,7 +299,7 @@ def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tens
 def load_momentum(
     optimizers: list[torch.optim.SGD], network: ContSupNetwork, checkpoint: Checkpoint
 ) -> None:
-    """The momentum of either format into the optimizers of the modules, in place.
+    """The momentum of either format into the optimizers of the modules held, in place.
 
     Raises InputError if a buffer does not have its parameter's shape.
     """
@@ -312,9 +312,10 @@ def load_momentum(
         parameter = parameters.get(name)
         if parameter is None or not _fits(buffer, parameter):
             raise InputError(f"the checkpoint's momentum of {name} is of another architecture")
-        # In the parameter's memory format, which a fused step takes for granted.
-        own = torch.empty_like(parameter, requires_grad=False).copy_(buffer)
-        owner[parameter].state[parameter]["momentum_buffer"] = own
+        if parameter in owner:
+            # In the parameter's memory format, which a fused step takes for granted.
+            own = torch.empty_like(parameter, requires_grad=False).copy_(buffer)
+            owner[parameter].state[parameter]["momentum_buffer"] = own
 
 
 def momentum_by_name(

@@ -42,6 +42,7 @@ class Contexts(Generic[T]):
     """
 
     def __init__(self, mode: ContextMode, image: T) -> None:
+        self._opening = image
         self._image = {"image": image} if mode.image else {}
         self._window = deque([] if mode.image else [image], maxlen=mode.recent)
 
@@ -52,6 +53,10 @@ class Contexts(Generic[T]):
     def push(self, h_in: T) -> None:
         """Add a module's input, at the next cut the newest, and drop the oldest."""
         self._window.appendleft(h_in)
+
+    def pushed(self) -> list[T]:
+        """What of the window was pushed, oldest first: all of it but the image."""
+        return [h_in for h_in in reversed(self._window) if h_in is not self._opening]
 
 
 class Encoder(nn.Sequential):

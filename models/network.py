@@ -1,6 +1,6 @@
 """A network as a list of local modules, each trained on its own loss."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -115,6 +115,23 @@ class LocalStep(NamedTuple):
     loss: Tensor
 
 
+class Ends:
+    """How features come to the first module that a network holds, and leave the last: here, where
+    it holds all of them, from the images and to nowhere.
+    """
+
+    def enter(self, mode: ContextMode, images: Tensor) -> tuple[Tensor, Contexts[Tensor]]:
+        """What enters the first module held, before context, and the contexts on offer there."""
+        return images, Contexts(mode, images)
+
+    def leave(self, h: Tensor, contexts: Contexts[Tensor]) -> None:
+        """The last module held has this output, detached; its backward is yet to come."""
+
+    def in_flight(self) -> Sequence[Tensor]:
+        """What is in memory between two steps because of it."""
+        return ()
+
+
 class ContSupNetwork(nn.Module):
     """K local modules with no gradient across the K-1 cuts and context supplied at each.
 
@@ -125,6 +142,9 @@ class ContSupNetwork(nn.Module):
         mode: which contexts are supplied.
         dataset: whose mean and std a decoder's target is un-normalised with.
         narrow: dtype that autocast runs convs and matrix products in; None for no autocast.
+    Attributes:
+        held: the modules that run here, one after the other; all of them but for `hold`.
+        ends: how features get to them and away.
     """
 
     def __init__(
@@ -142,6 +162,18 @@ class ContSupNetwork(nn.Module):
         self.dataset = dataset
         self.narrow = narrow
         self.compiled = False
+        self.held, self.ends = list(self.local_modules), Ends()
+
+    def hold(self, held: range, ends: Ends) -> None:
+        """From now on run these modules alone, which go on from others elsewhere.
+
+        Of the others only names and shapes stay. Call it before the network is put on its device.
+        """
+        self.ends = ends
+        self.held = [module for module in self.local_modules if module.index in held]
+        for module in self.local_modules:
+            if module.index not in held:
+                module.to("meta")
 
     def eagerly(self) -> AbstractContextManager:
         """For a batch size that comes up rarely, and for evaluation: nothing is compiled here."""
@@ -152,21 +184,21 @@ class ContSupNetwork(nn.Module):
         return torch.autocast(device.type, self.narrow) if self.narrow else nullcontext()
 
     def compile_steps(self, backend: str = "inductor") -> None:
-        """From now on train modules and encoders compiled; identical ones share their code.
+        """From now on train modules held and encoders compiled; identical ones share their code.
 
         A graph break is an error. An encoder's forward and backward are compiled apart: seen as a
         whole, the maps that its backward makes again would be found to be those of its forward,
         and kept. Each batch size has code of its own: see `eagerly`.
         """
         self.compiled = True
-        kinds = sum(1 + len(module.context) for module in self.local_modules)  # at most
+        kinds = sum(1 + len(module.context) for module in self.held)  # at most
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         step, plain = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
         encoding = Functions(compiled(encode), compiled(encode_backward))
-        for module in self.local_modules:
+        for module in self.held:
             module.forward_and_losses = partial(step, module)
             for encoder in module.context.values():
                 encoder.functions = encoding
@@ -176,7 +208,7 @@ class ContSupNetwork(nn.Module):
     def in_turn(
         self, images: Tensor, run: Callable[[LocalModule, Tensor], tuple[Tensor, ...]]
     ) -> Iterator[tuple]:
-        """Each local module, and what `run` gives for it: the one forward path of every use.
+        """Each module held, and what `run` gives for it: the one forward path of every use.
 
         What enters a module is detached: a backward from its output ends at its own input.
 
@@ -184,19 +216,20 @@ class ContSupNetwork(nn.Module):
             images: (N, 3, H, W), normalised.
             run: a module and its h_in -> its output (N, C, S, S), and what else is asked for.
         """
-        contexts = Contexts(self.mode, images)
-        h = images
-        for index, module in enumerate(self.local_modules):
+        h, contexts = self.ends.enter(self.mode, images)
+        for module in self.held:
             with self.autocast(images.device):
-                if index:
+                if module.index:
                     h = module.context(h, contexts.named())
                     contexts.push(h.detach())
                 given = [run(module, h)]
             h = given[0][0].detach()
+            if module is self.held[-1]:
+                self.ends.leave(h, contexts)
             yield module, *given.pop()  # handed over: a local variable would keep it
 
     def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
-        """Each local module with its output (N, C, S, S), from images (N, 3, H, W), normalised."""
+        """Each module held with its output (N, C, S, S), from images (N, 3, H, W), normalised."""
         return self.in_turn(images, lambda module, h_in: (module(h_in),))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -220,6 +253,7 @@ class ContSupNetwork(nn.Module):
         images: Tensor,
         targets: Tensor,
         scaled: Callable[[LocalModule, Tensor], Tensor] = lambda module, loss: loss,
+        begin: Callable[[LocalModule], None] = lambda module: None,
     ) -> Iterator[LocalStep]:
         """Train step, module by module: forward, its loss, backward, then on to the next.
 
@@ -232,10 +266,12 @@ class ContSupNetwork(nn.Module):
             images: (N, 3, H, W), normalised, N >= 2.
             targets: (N,) class indices.
             scaled: gives the 0-d tensor to go backward from for a module and its loss.
+            begin: called with each module before its forward.
         """
         pixels = self.pixels(images)
 
         def run(module: LocalModule, h_in: Tensor) -> tuple[Tensor | None, ...]:
+            begin(module)
             return module.forward_and_losses(h_in, targets, pixels)
 
         for module, _, output, *parts in self.in_turn(images, run):
@@ -272,7 +308,7 @@ class ContSupNetwork(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor | None:
         """Un-normalised images in [0, 1], the decoders' target; None where nothing decodes."""
-        if all(module.decoder is None for module in self.local_modules):
+        if all(module.decoder is None for module in self.held):
             return None
         data = DATASETS[self.dataset]
         channels = [

@@ -248,11 +248,11 @@ def loss_by_loss(monkeypatch):
     """Every loss of the training, as floats by (epoch, step, module), however it is summed."""
     found, add = {}, engine.Totals.add
 
-    def note(self, index, loss, *others):
+    def note(self, module, loss, *others):
         if torch.is_grad_enabled():
             epoch = 1 + (len(found) // len(self.modules)) // 10
-            found[epoch, self.steps + 1, index] = float(loss)
-        add(self, index, loss, *others)
+            found[epoch, self.steps + 1, module.index] = float(loss)
+        add(self, module, loss, *others)
 
     monkeypatch.setattr(engine.Totals, "add", note)
     return found
@@ -533,15 +533,15 @@ def test_a_signal_while_the_first_step_compiles_ends_at_once(monkeypatch):
 # What each step draws
 
 
-def test_each_step_draws_from_a_seed_of_its_own(here, monkeypatch, capsys):
-    seeds = {}
+def test_each_module_draws_from_a_seed_of_its_own_in_each_step(here, monkeypatch, capsys):
+    seeds, method = {}, [*TINY, "--local_module_num", "2", "--droprate", "0.1"]
     for folder, more in (("one", []), ("two", []), ("other", ["--seed", "1"])):
         seeds[folder] = []
         note = partial(lambda drawn, seed, _: drawn.append(seed), seeds[folder])
         monkeypatch.setattr(engine, "seed_generators", note)
-        assert main(monkeypatch, capsys, *TINY, *more, "--output_dir", folder)[0] == 0
+        assert main(monkeypatch, capsys, *method, *more, "--output_dir", folder)[0] == 0
     assert seeds["one"] == seeds["two"]
-    assert len({*seeds["one"], *seeds["other"]}) == 2 * 3 * 5  # epochs, steps
+    assert len({*seeds["one"], *seeds["other"]}) == 2 * 3 * 5 * 2  # epochs, steps, modules
 
 
 def test_the_time_of_an_epoch_is_that_of_its_parts(server):
