@@ -61,11 +61,10 @@ def crossing(arguments: dict[str, Any], device: torch.device, channels_last: boo
     and the labels each process has. Found on tensors without contents. `arguments` are those of
     `build_network`.
     """
-    with FakeTensorMode(), torch.no_grad():
-        layout = memory_format(channels_last)
-        network = build_network(**arguments).to(device, memory_format=layout)
+    with FakeTensorMode(), torch.no_grad(), device:
+        network = build_network(**arguments)
         size = arguments["image_size"]
-        images = torch.empty(2, 3, size, size, device=device).to(memory_format=layout)
+        images = torch.empty(2, 3, size, size, memory_format=memory_format(channels_last))
         record = _Record()
         network.eval().ends = record
         for module in network.local_modules:
