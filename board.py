@@ -64,7 +64,8 @@ class Board:
             if name == "epoch":
                 continue
             if isinstance(value, list):
-                scalars = {f"{name}/module_{index:02}": v for index, v in enumerate(value)}
+                each = "rank" if name.startswith("rank_") else "module"
+                scalars = {f"{name}/{each}_{index:02}": v for index, v in enumerate(value)}
             else:
                 scalars = {f"epoch/{name}": value}
             for tag, scalar in scalars.items():

@@ -147,6 +147,10 @@ def print_epoch(metrics: dict, epochs: int) -> None:
         print("  local loss by module   " + " ".join(f"{x:6.3f}" for x in m["local_losses"]))
     if len(m["test_errors"]) > 1 and None not in m["test_errors"]:
         print("  test error by module % " + " ".join(f"{x:6.2f}" for x in m["test_errors"]))
+    for rank, peak in enumerate(m.get("rank_peak_memory_bytes", ())):
+        busy = f"  busy {m['rank_busy_percent'][rank]:.1f} %" if "rank_busy_percent" in m else ""
+        print(f"  rank {rank}  {m['rank_samples_per_second'][rank]:.0f} samples/s{busy}"
+              f"  peak {readable(peak)}")  # fmt: skip
     sys.stdout.flush()
 
 

@@ -37,14 +37,19 @@ class Totals:
     and the steps of each module before that are counted.
 
     Attributes:
-        modules: those that the network holds.
+        modules: those that the network holds, where no others are said.
         samples, steps: in the sums.
         seconds: that the steps took, for who measures it.
         full: size of the largest batch among them.
     """
 
-    def __init__(self, network: ContSupNetwork, device: torch.device) -> None:
-        self.modules = network.held
+    def __init__(
+        self,
+        network: ContSupNetwork,
+        device: torch.device,
+        modules: list[LocalModule] | None = None,
+    ) -> None:
+        self.modules = modules or network.held
         self.samples = self.steps = self.full = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)

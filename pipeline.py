@@ -5,21 +5,30 @@ process r works on batch t-r while those before it work on later ones: none wait
 no weight is stale, and every module computes what it would in a process of its own.
 """
 
+import argparse
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import InputError
-from models import build_network
+from engine import Totals, make_optimizers, train_step
+from models import ContSupNetwork, build_network
+from models.checkpoint import Checkpoint
 from models.context import ContextMode, Contexts
 from models.network import Ends
-from speed import memory_format
+from speed import memory_format, ready
+
+if TYPE_CHECKING:
+    from parallel import Team
 
 IN_FLIGHT = 2
 """Batches whose features may be on their way to the next process at once."""
@@ -221,6 +230,146 @@ class Stalls:
             self._seconds += start.elapsed_time(end) / 1000
         seconds, self._seconds, self._events = self._seconds, 0.0, []
         return seconds
+
+
+# ---------------------------------------------------------------------------------------------
+# The way to split the work
+
+
+class Pipeline:
+    """A range of the modules a process (see parallel.py, `Way`).
+
+    Args:
+        team: the processes.
+        options, arguments: complete; of `build_network`.
+    Raises:
+        InputError: there are more processes than modules, or `--module_ranges` do not fit.
+    """
+
+    share, stream = (0, 1), ()
+
+    def __init__(self, team: "Team", options: argparse.Namespace, arguments: dict) -> None:
+        self.ranges, self.times = self._ranges(team, options, arguments)
+        self.own = self.ranges[team.rank]
+        # A group a pair: NCCL would have what is sent wait for what is received in the same one.
+        pairs = [dist.new_group([rank, rank + 1]) for rank in range(team.size - 1)]
+        before, after = team.rank - 1, team.rank + 1
+        kinds, receive, send = None, None, None
+        if before >= 0:
+            crossed = crossing(arguments, team.device, options.channels_last)
+            kinds = crossed[self.own.start - 1]
+            receive = partial(dist.irecv, src=before, group=pairs[before])
+        if after < team.size:
+            send = partial(dist.isend, dst=after, group=pairs[team.rank])
+        self.link = Link(team.device, kinds, receive, send)
+
+    @staticmethod
+    def _ranges(
+        team: "Team", options: argparse.Namespace, arguments: dict
+    ) -> tuple[list[range], list[float] | None]:
+        """Of each process, and the seconds of a step of each module where they were measured."""
+        K, ranges, times = arguments["local_module_num"], options.module_ranges, None
+        if ranges:
+            check_ranges(ranges, K, team.size)
+        else:
+            check_count(K, team.size)
+            if team.size > 1:
+                times = team.share(
+                    module_times(arguments, options, team.device) if team.is_first else None
+                )
+            ranges = balanced_ranges(times or [1.0] * K, team.size)
+        return ranges, times
+
+    def describe(self) -> dict[str, Any]:
+        """For the run's files."""
+        return {"way": "modules", "ranges": [shown(modules) for modules in self.ranges]}
+
+    def __str__(self) -> str:
+        parts = [f"{shown(modules)} on rank {r}" for r, modules in enumerate(self.ranges)]
+        told = "modules " + ", ".join(parts)
+        if self.times:
+            sums = [1000 * sum(self.times[i] for i in modules) for modules in self.ranges]
+            told += f"; measured ms a step: {', '.join(f'{ms:.0f}' for ms in sums)}"
+        return told
+
+    def prepare(self, network: ContSupNetwork) -> None:
+        """Have it hold this process's modules."""
+        network.hold(self.own, self.link)
+
+    def ready(self, network: ContSupNetwork) -> None:
+        """Nothing is left to do."""
+
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Batches of these sizes come next."""
+        self.link.begin(sizes)
+
+    def last(self) -> None:
+        """No batch follows the one that comes now."""
+        self.link.end()
+
+    def end(self) -> None:
+        """All is sent."""
+        self.link.flush()
+
+    def merged(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The modules' sums one after the other; the time is the longest."""
+        sums = {
+            name: torch.cat([part[name] for part in parts])
+            for name, value in parts[0].items()
+            if isinstance(value, Tensor)
+        }
+        return {**parts[0], **sums, "seconds": max(part["seconds"] for part in parts)}
+
+    def losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
+        """One after the other."""
+        return [loss for losses, _ in parts for loss in losses]
+
+    def part(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The modules' own scalers and sums."""
+        own = slice(self.own.start, self.own.stop)
+        totals = {
+            name: value[own] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in checkpoint.totals.items()
+        }
+        return checkpoint._replace(totals=totals, scalers=checkpoint.scalers[own])
+
+    def scalers(self, parts: Sequence[Sequence[dict]]) -> list[dict]:
+        """One after the other."""
+        return [scaler for scalers in parts for scaler in scalers]
+
+    def stalled(self) -> float:
+        """Seconds that the device waited for another's features, or for room to send."""
+        return self.link.stalls.taken()
+
+
+def module_times(
+    arguments: dict[str, Any], options: argparse.Namespace, device: torch.device
+) -> list[float]:
+    """Seconds that each module takes for a step on noise: the median of three, after two more."""
+    network = ready(
+        build_network(**arguments), device,
+        channels_last=options.channels_last, compiled=options.compile,
+    )  # fmt: skip
+    optimizers, totals = make_optimizers(network), Totals(network, device)
+    size = arguments["image_size"]
+    images = torch.randn(options.batch_size, 3, size, size, device=device)
+    images = images.to(memory_format=memory_format(options.channels_last))
+    targets = torch.arange(options.batch_size, device=device) % arguments["num_classes"]
+    seconds: list[list[float]] = [[] for _ in network.held]
+    for _ in range(5):
+        start = now(device)
+        for module in train_step(network, optimizers, images, targets, totals):
+            end = now(device)
+            seconds[module.index].append(end - start)
+            start = end
+    return [statistics.median(of_module[2:]) for of_module in seconds]
+
+
+def now(device: torch.device) -> float:
+    """The clock, in seconds, when the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -206,13 +206,22 @@ class RunFolder:
             epoch -= 1
         return unbroken
 
-    def open(self, resumed: str | None, checkpoint: Checkpoint | None, device: str) -> None:
+    def open(
+        self,
+        resumed: str | None,
+        checkpoint: Checkpoint | None,
+        device: str,
+        parallel: dict | None = None,
+    ) -> None:
         """Make the folder and begin to write, after a `checkpoint` that was `resumed`, if one was.
 
-        Raises InputError if it cannot be written, CannotSave if the disk is full.
+        `parallel` is how several processes share the work. Raises InputError if it cannot be
+        written, CannotSave if the disk is full.
         """
         self.history = self.history_of(resumed, checkpoint)
         self._made_by = {"git": git_state(), "versions": versions()}  # of what runs now
+        if parallel:
+            self._made_by["parallel"] = parallel
         done = checkpoint.epoch if checkpoint is not None else 0
         start = {
             "began": datetime.now(UTC).isoformat(timespec="seconds"),

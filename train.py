@@ -12,12 +12,15 @@ if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
 
 import argparse
+import io
 import json
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,12 +32,15 @@ from engine import evaluate
 from memory import GIB, readable
 from models import ContSupNetwork, build_network
 from models.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
-from options import NETWORK_OPTIONS, read_options
+from options import NETWORK_OPTIONS, build_parser, read_options
 from partition import fewest_modules, smallest_peak
 from planner import make_plan, print_plan
 from run_folder import RunFolder, run_folder
 from speed import CompileTime, choose_device, compile_errors, device_name, ready, set_switches
-from training import Diverged, Training
+from training import Diverged, Elsewhere, Lost, Training
+
+if TYPE_CHECKING:
+    from parallel import Team
 
 # ---------------------------------------------------------------------------------------------
 # What is asked for
@@ -42,13 +48,62 @@ from training import Diverged, Training
 
 def run(argv: list[str]) -> None:
     """Plan, evaluate or train, as the options say; InputError where they can't be met."""
+    with one_speaks(os.environ.get("LOCAL_RANK", "0") == "0"):
+        typed = build_parser().parse_args(argv)
+        in_parallel = typed.parallel and not typed.dry_run
+        if not in_parallel:
+            check_alone(os.environ)
+    if in_parallel:
+        run_in_parallel(argv, typed)
+    else:
+        start(argv)
+
+
+@contextmanager
+def one_speaks(is_the_one: bool) -> Iterator[None]:
+    """What torchrun's processes on a machine find alike is said once."""
+    if is_the_one:
+        yield
+        return
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except InputError as error:
+            raise Elsewhere from error
+
+
+def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
+    """`--parallel`: rank 0 does what is asked for, and has the others do it with it."""
+    from parallel import Team  # which nothing else needs
+
+    with Team(typed) as team:
+        if team.is_first:
+            start(argv, team)
+            if not team.has_begun:  # a run that is finished
+                team.begin("")
+        else:
+            act, arguments = team.told()
+            if act:
+                {"train": train, "evaluate": evaluate_in}[act](*arguments, team)
+
+
+def check_alone(environment: Mapping[str, str]) -> None:
+    """InputError if torchrun has started several processes, which would all do the same."""
+    if "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"torchrun started {environment['WORLD_SIZE']} processes: say how they "
+                         "share the work, with --parallel modules or data")  # fmt: skip
+
+
+def start(argv: list[str], team: "Team | None" = None) -> None:
+    """What the options ask for, in this process and those of the team."""
     options, checkpoint = read_options(argv)
     if options.dry_run:
         plan(options)
     elif options.evaluate:
-        evaluate_checkpoint(options, checkpoint)
+        evaluate_in(options, checkpoint, network_arguments(options)[0], team)
     elif options.resume == "auto":
-        continue_or_start(argv, options)
+        continue_or_start(argv, options, team)
     else:
         found = network_arguments(options)
         folder = RunFolder(run_folder(options), options)
@@ -57,7 +112,7 @@ def run(argv: list[str]) -> None:
             if options.resume:  # which another process may have moved on, until it was locked
                 options, checkpoint = read_options(argv)
                 found = network_arguments(options)
-            train(options, checkpoint, folder.path, *found)
+            train(options, checkpoint, folder.path, *found, team)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -79,20 +134,32 @@ def plan(options: argparse.Namespace) -> None:
         print_plan(made)
 
 
-def evaluate_checkpoint(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+def evaluate_in(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    arguments: dict[str, Any],
+    team: "Team | None",
+) -> None:
     """Print the test error of a checkpoint."""
-    device = choose_device(options.device)
-    network = make_network(options, device, network_arguments(options)[0], checkpoint)
-    data = load_data(options, checkpoint)
-    batches = make_batches(options, device)(data.test)
-    totals = evaluate(network, batches.epoch(0), device)
+    if team is not None:
+        team.begin("evaluate", options, checkpoint, arguments)
+    device = begin(options, arguments, team)
+    network = make_network(options, device, arguments, checkpoint, team)
+    data = load_data(options, checkpoint, team)
+    batches = make_batches(options, device, team)(data.test)
+    if team is None:
+        totals = evaluate(network, batches.epoch(0), device)
+    else:
+        totals = team.evaluate(network, batches)
     print(f"{options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
           f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
           f"after {checkpoint.epoch} epochs"
           + (f" and {checkpoint.step} steps" if checkpoint.step else ""))  # fmt: skip
 
 
-def continue_or_start(argv: list[str], options: argparse.Namespace) -> None:
+def continue_or_start(
+    argv: list[str], options: argparse.Namespace, team: "Team | None" = None
+) -> None:
     """`--resume auto`: say that the run is finished, go on from its newest checkpoint, or start."""
     folder = RunFolder(run_folder(options), options)
     if folder.is_finished():
@@ -102,7 +169,7 @@ def continue_or_start(argv: list[str], options: argparse.Namespace) -> None:
         checkpoint, newest = None, folder.newest()
         if newest is not None:
             options, checkpoint = read_options([*argv, "--resume", str(newest)])
-        train(options, checkpoint, folder.path, *network_arguments(options))
+        train(options, checkpoint, folder.path, *network_arguments(options), team)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,43 +183,43 @@ def train(
     path: Path,
     arguments: dict[str, Any],
     predicted_peak: int | None,
+    team: "Team | None" = None,
 ) -> None:
     """Train into the run folder `path`, which is locked, after `checkpoint` where there is one.
 
     `arguments` and `predicted_peak` are those of `network_arguments`. Raises what Training does.
     """
-    device = choose_device(options.device)
-    folder = RunFolder(path, options)
-    folder.check_free(options.resume, checkpoint)
+    folder = RunFolder(path, options) if team is None else team.folder(path, options)
+    if team is None or team.is_first:
+        folder.check_free(options.resume, checkpoint)
+        if checkpoint is not None and is_done(options, checkpoint, folder):
+            print(f"{folder.path} is finished: {done(options, checkpoint)}")
+            return
+    if team is not None:
+        team.begin("train", options, checkpoint, path, arguments, predicted_peak)
+    device = begin(options, arguments, team)
     compile_time = CompileTime() if options.compile else None
-    network = make_network(options, device, arguments, checkpoint)
+    network = make_network(options, device, arguments, checkpoint, team)
     if predicted_peak:
         precision = "" if options.amp == "off" else " (in float32)"
         print(f"predicted peak {readable(predicted_peak)}{precision}", flush=True)
-    if checkpoint is not None and checkpoint.epoch >= options.epochs:
-        done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
-        if folder.is_finished():
-            print(f"{folder.path} is finished: {done}")
-            return
-        if not folder.history_of(options.resume, checkpoint):  # else the summary is left to do
-            raise InputError(f"{done} in {options.resume}: give more --epochs, or --evaluate it")
-
-    data, batches = load_data(options, checkpoint), make_batches(options, device)
+    data, batches = load_data(options, checkpoint, team), make_batches(options, device, team)
     test_batches = batches(data.test)
     train_batches = batches(data.train, augment=not options.no_augment, shuffle=True)
     if options.data_on_device:
         kept = train_batches.device_bytes + test_batches.device_bytes
         print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
-    training = Training(
+    training = (Training if team is None else team.training)(
         network, options, folder, train_batches, test_batches, data.classes, compile_time
     )
     if checkpoint is not None:
         training.load(checkpoint)
-    folder.open(options.resume, checkpoint, device_name(device))
+    folder.open(options.resume, checkpoint, device_name(device), team and team.describe())
     try:
         training.run()
     except (Interrupted, CannotSave) as error:
-        error.add_note(f"; {how_to_go_on(folder)}")
+        if team is None or team.is_first:
+            error.add_note(f"; {how_to_go_on(folder)}")
         raise
     except (Diverged, Anomaly) as error:
         find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
@@ -160,6 +227,24 @@ def train(
             f"; take a lower --lr and another --output_dir{find}; {how_to_go_on(folder)}"
         )
         raise
+
+
+def is_done(options: argparse.Namespace, checkpoint: Checkpoint, folder: RunFolder) -> bool:
+    """Whether nothing is left of the run; InputError if a folder of its own has none of it."""
+    if checkpoint.epoch < options.epochs:
+        return False
+    if folder.is_finished():
+        return True
+    if not folder.history_of(options.resume, checkpoint):  # else the summary is left to do
+        raise InputError(
+            f"{done(options, checkpoint)} in {options.resume}: give more --epochs, or --evaluate it"
+        )
+    return False
+
+
+def done(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """How far a run is."""
+    return f"{checkpoint.epoch} of {options.epochs} epochs are done"
 
 
 def how_to_go_on(folder: RunFolder) -> str:
@@ -171,16 +256,11 @@ def how_to_go_on(folder: RunFolder) -> str:
     return f"continue with {folder.to_resume()}"
 
 
-def make_network(
-    options: argparse.Namespace,
-    device: torch.device,
-    arguments: dict[str, Any],
-    checkpoint: Checkpoint | None,
-) -> ContSupNetwork:
-    """The network of a run, on its device and as it was in `checkpoint`; what it is, printed."""
-    if checkpoint is not None:
-        check_weights(checkpoint, arguments)
-    torch.manual_seed(options.seed)
+def begin(
+    options: argparse.Namespace, arguments: dict[str, Any], team: "Team | None"
+) -> torch.device:
+    """The device of this process, which is set up for the options; the team's work is split."""
+    device = choose_device(options.device) if team is None else team.device
     set_switches(
         device,
         cudnn_benchmark=options.cudnn_benchmark,
@@ -188,27 +268,48 @@ def make_network(
         keeps_heap=options.keep_heap,
         deterministic=options.deterministic,
     )
-    network = ready(
-        build_network(**arguments),
-        device,
-        channels_last=options.channels_last,
-        compiled=options.compile,
-    )
+    if team is not None:
+        team.choose_way(options, arguments)
+    return device
+
+
+def make_network(
+    options: argparse.Namespace,
+    device: torch.device,
+    arguments: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    team: "Team | None" = None,
+) -> ContSupNetwork:
+    """The network of a run, on its device and as it was in `checkpoint`; what it is, printed."""
+    if checkpoint is not None:
+        check_weights(checkpoint, arguments)
+    torch.manual_seed(options.seed)
+    network = build_network(**arguments)
     if checkpoint is not None:
         load_weights(network, checkpoint)
     print_network(network, options)
+    if team is not None:
+        print(team.way, flush=True)
+        team.way.prepare(network)
+    ready(network, device, channels_last=options.channels_last, compiled=options.compile)
+    if team is not None:
+        team.way.ready(network)
     return network
 
 
-def load_data(options: argparse.Namespace, checkpoint: Checkpoint | None) -> ImageData:
+def load_data(
+    options: argparse.Namespace, checkpoint: Checkpoint | None, team: "Team | None" = None
+) -> ImageData:
     """The data set; InputError if `checkpoint` was trained on other classes."""
-    data = load_dataset(
+    load = partial(
+        load_dataset,
         options.dataset,
         options.data_dir,
         options.image_size,
         options.limit_per_class,
         test_only=bool(options.evaluate),
     )
+    data = load() if team is None else team.loaded(load)
     if checkpoint is not None and checkpoint.classes not in ([], data.classes):
         raise InputError(
             f"{options.resume or options.evaluate} was trained on other classes "
@@ -217,7 +318,9 @@ def load_data(options: argparse.Namespace, checkpoint: Checkpoint | None) -> Ima
     return data
 
 
-def make_batches(options: argparse.Namespace, device: torch.device) -> "partial[Batches]":
+def make_batches(
+    options: argparse.Namespace, device: torch.device, team: "Team | None" = None
+) -> "partial[Batches]":
     """Makes Batches of a split, as the options say."""
     return partial(
         Batches,
@@ -227,6 +330,7 @@ def make_batches(options: argparse.Namespace, device: torch.device) -> "partial[
         seed=options.seed,
         channels_last=options.channels_last,
         on_device=options.data_on_device,
+        **({} if team is None or team.way.share == (0, 1) else {"share": team.way.share}),
     )
 
 
@@ -315,12 +419,15 @@ def attempt(argv: list[str]) -> int:
         if "deterministic" not in str(error):
             raise
         return fail(2, f"--deterministic: {str(error).split(',')[0]}, so leave it out")
-    except CannotSave as error:
+    except (CannotSave, Lost) as error:
         return fail(1, error)
+    except Elsewhere:
+        return 1
     except (Diverged, Anomaly) as error:
         return fail(3, error)
     except Interrupted as error:
-        note(f"stopped by {error}{error.__notes__[0]}")
+        for how_to_go_on in getattr(error, "__notes__", []):  # rank 0 of a team has one
+            note(f"stopped by {error}{how_to_go_on}")
         return error.status
     return 0
 

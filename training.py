@@ -43,6 +43,14 @@ class Diverged(Exception):
     """A loss, or what a checkpoint would keep, is NaN or infinite."""
 
 
+class Elsewhere(Exception):
+    """Another process of the run has failed, and says why; nothing is to be said here."""
+
+
+class Lost(Exception):
+    """The connection to another process of the run broke."""
+
+
 class Training:
     """Where a run's training stands, and how it goes on.
 
@@ -216,8 +224,7 @@ class Training:
         local_losses, train_errors, test_errors = (
             trained.losses(), trained.errors(), tested.errors()
         )  # fmt: skip
-        if bad := tested.first_not_finite():
-            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
+        self.check_tested(tested, epoch)
         metrics = {
             "epoch": epoch,
             "lr": lr,
@@ -228,8 +235,7 @@ class Training:
             "test_loss": tested.losses()[-1],
             "test_error": test_errors[-1],
             "test_errors": test_errors,
-            "samples_per_second": trained.samples / trained.seconds,
-            "peak_memory_bytes": self.peak.bytes,
+            **self.figures(trained),
         }
         self.check_state()
         is_best = test_errors[-1] < self.folder.best_error()
@@ -239,6 +245,18 @@ class Training:
         if is_best:  # first: were it second, a run cut off between the two would never write it
             self.write(self.folder.best, self.checkpoint())
         self.save()
+
+    def figures(self, trained: Totals) -> dict[str, object]:
+        """What the steps of an epoch took."""
+        return {
+            "samples_per_second": trained.samples / trained.seconds,
+            "peak_memory_bytes": self.peak.bytes,
+        }
+
+    def check_tested(self, tested: Totals, epoch: int) -> None:
+        """Raise Diverged unless the losses of the test data are finite."""
+        if bad := tested.first_not_finite():
+            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
 
     def evaluated(self) -> Totals:
         """Of the test data."""
