@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ class Server:
                 those that train and write) ...
             send: ... have it send itself these signals (default: SIGKILL), with seconds between.
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
-            stdout: what that is, if not a file to be read here.
+            stdout, stderr: what these are, if not files to be read here.
+            environment: variables to set.
         """
         arguments = [str(argument) for argument in arguments]
         self.process.stdin.write(json.dumps({"arguments": arguments, **plan}) + "\n")
@@ -73,6 +75,32 @@ class Server:
         self.start(*arguments, **plan)
         return self.wait()
 
+    def start_together(self, processes, *arguments, plans=None):
+        """Begin a run as torchrun would, but that none is ended for another; their pids by rank.
+
+        `plans` are those of `start`, by rank.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = []
+        for rank in range(processes):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            plan = {"stdout": f"rank_{rank}.out", "stderr": f"rank_{rank}.err"}
+            plan |= {"environment": {name: str(value) for name, value in environment.items()}}
+            pids.append(self.start(*arguments, **plan, **(plans or {}).get(rank, {})))
+        return pids
+
+    def run_together(self, processes, *arguments, plans=None):
+        """Start them and wait; how each ended, by rank."""
+        ended = []
+        for rank, pid in enumerate(self.start_together(processes, *arguments, plans=plans)):
+            status = self.wait(pid).status
+            texts = ((self.folder / f"rank_{rank}.{name}").read_text() for name in ("out", "err"))
+            ended.append(Ended(status, *(text.splitlines() for text in texts), 0))
+        return ended
+
     def _lines(self, name):
         path = self.folder / f"fork_server.{name}"
         return path.read_text().splitlines() if path.exists() else []
@@ -87,6 +115,7 @@ TRAINING = ["train.py", "training.py", "engine.py", "run_folder.py", "board.py",
 
 def child(arguments, plan):
     """What a forked process does; it does not return."""
+    os.environ.update(plan.get("environment", {}))
     for number, name in ((1, "stdout"), (2, "stderr")):
         path = plan.get(name, f"fork_server.{name}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -134,6 +163,7 @@ def serve():
     import torch
     from cli import few_test_images
 
+    import parallel  # noqa: F401
     import train  # noqa: F401
 
     torch.set_num_threads(1)

@@ -1,0 +1,139 @@
+"""Modules in processes of their own train to the same bits as in one, and a run ends as a whole."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cli import end_of
+from fork_server import ROOT, Server
+
+from models.checkpoint import read_checkpoint
+
+TINY = [
+    "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
+    "--batch_size", "4", "--epochs", "3", "--device", "cpu",
+]  # fmt: skip
+"""24 steps, 8 an epoch, of 4 samples and at its end 2."""
+
+DECODER = ["--h_reconstruct", "--loss_scale", "5", "1", "5", "1"]
+
+METHODS = {
+    "R0": ["--context_mode", "R0", "--amp", "bf16"],
+    "E": ["--context_mode", "E", *DECODER, "--droprate", "0.2"],
+    "R2": ["--context_mode", "R2", "--local_loss_mode", "contrast", "--no-channels_last"],
+    "R1E": ["--context_mode", "R1E", "--local_loss_mode", "contrast", *DECODER, "--recompute"],
+    "R4": ["--context_mode", "R4", "--amp", "fp16"],
+}
+
+PARALLEL = ["--parallel", "modules"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("runs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone(server):
+    """By the name of its method, what a run in one process leaves."""
+    found = {}
+
+    def run(name):
+        if name not in found:
+            ended = server.run(*TINY, *METHODS[name], "--output_dir", f"alone_{name}")
+            assert (ended.status, ended.err) == (0, [])
+            found[name] = learned(server.folder / f"alone_{name}")
+        return found[name]
+
+    return run
+
+
+def learned(folder):
+    """All that a run leaves but for time, memory and processes."""
+
+    def without(figures):
+        about = ("rank_", "peak_memory", "samples_per_second", "parallel")
+        return {k: v for k, v in figures.items() if not k.startswith(about)}
+
+    end = end_of(folder)
+    states = {
+        name: (tensors, others[:-1], [*map(without, history)])
+        for name, (tensors, others, history) in end["states"].items()
+    }
+    return {
+        "metrics": [*map(without, end["metrics"])], "summary": without(end["summary"]),
+        "config": end["config"], "states": states,
+    }  # fmt: skip
+
+
+def together(server, processes, folder, *arguments, plans=None, status=0):
+    ended = server.run_together(
+        processes, *TINY, *PARALLEL, *arguments, "--output_dir", folder, plans=plans
+    )
+    assert [each.status for each in ended] == [status] * processes, [each.err for each in ended]
+    return ended
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_bits_as_in_one_process(server, alone, name, processes):
+    folder = f"{name}_{processes}"
+    ended = together(server, processes, folder, *METHODS[name])
+    assert [each.err for each in ended] == [[]] * processes
+    assert learned(server.folder / folder) == alone(name)
+
+
+@pytest.mark.parametrize("ranges", [["0", "1-3"], ["0-2", "3"]])
+def test_ranges_do_not_matter(server, alone, ranges):
+    folder = "-".join(ranges)
+    ended = together(server, 2, folder, *METHODS["R1E"], "--module_ranges", *ranges)
+    assert ended[0].out[3] == f"modules {ranges[0]} on rank 0, {ranges[1]} on rank 1"
+    assert learned(server.folder / folder) == alone("R1E")
+    summary = json.loads((server.folder / folder / "summary.json").read_text())
+    assert summary["parallel"] == {"processes": 2, "way": "modules", "ranges": ranges}
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopped, and taken up again by another number of processes
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("name", ["R1E", "R4"])
+def test_a_signal_to_one_stops_all_and_any_number_goes_on(server, alone, name, asked):
+    """Two are stopped, then four, and one ends the run."""
+    folder, method = f"stopped_{name}_{asked}", [*METHODS[name], "--resume", "auto"]
+    stop = {asked: {"line": 300, "files": ["engine.py"], "send": ["SIGTERM"]}}
+    steps = []
+    for processes, ranges in ((2, ["0-1", "2-3"]), (4, ["0", "1", "2", "3"])):
+        how = [*method, "--module_ranges", *ranges]
+        ended = together(server, processes, folder, *how, plans=stop, status=143)
+        state = read_checkpoint(server.folder / folder / "checkpoint.pt")
+        steps.append((state.epoch, state.step))
+        how = f"train.py: note: stopped by SIGTERM; continue with --resume {folder}/checkpoint.pt"
+        assert ended[0].err[-1] == how
+        assert ended[1].err in ([], ["", "stopping after this step; a second signal stops at once"])
+    assert steps[0] < steps[1] and any(step for _, step in steps)
+    ended = server.run(*TINY, *method, "--output_dir", folder)
+    assert ended.status == 0
+    assert learned(server.folder / folder) == alone(name)
+
+
+@pytest.mark.parametrize("name", ["E", "R4"])
+def test_a_checkpoint_within_an_epoch(server, alone, name):
+    """One process leaves it; two go on from it, and save often."""
+    method = [*METHODS[name], "--resume", "auto", "--checkpoint_every", "3"]
+    killed = server.run(
+        *TINY, *method, "--output_dir", f"every_{name}", line=1500, files=["engine.py"]
+    )
+    assert killed.status == -9
+    state = read_checkpoint(server.folder / f"every_{name}" / "checkpoint.pt")
+    assert state.step in (3, 6)
+    together(server, 2, f"every_{name}", *method)
+    end = learned(server.folder / f"every_{name}")
+    assert end["metrics"] == alone(name)["metrics"]
+    assert end["states"]["checkpoint.pt"][0] == alone(name)["states"]["checkpoint.pt"][0]
