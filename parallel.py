@@ -7,6 +7,7 @@ What a process does in a step is in pipeline.py (`--parallel modules`) and repli
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -89,6 +90,7 @@ class Team:
                 backend, store=dist.PrefixStore("group", store), rank=self.rank,
                 world_size=self.size, timeout=PATIENCE,
             )  # fmt: skip
+            self.watch.all_are_here()
             self._check_options()
         return self
 
@@ -117,11 +119,14 @@ class Team:
             if self.watch.knows_why():
                 raise Elsewhere from error
             self.watch.fail()
-            raise Lost(f"lost the connection to another process: {one_line(error)}") from error
+            reason = one_line(error).split("] ", 1)[-1].split(". ")[0]
+            raise Lost(
+                f"rank {self.rank} lost the connection to another process ({reason})"
+            ) from error
         except (InputError, CannotSave, Diverged) as error:
             self.watch.fail()
-            if not self.is_first and error.args:
-                error.args = (f"rank {self.rank}: {error}", *error.args[1:])
+            if self.store.add(f"said: {error}", 1) > 1:  # what several find alike, one says
+                raise Elsewhere from error
             raise
         except BaseException:
             self.watch.fail()
@@ -149,12 +154,10 @@ class Team:
         for rank, theirs in enumerate(typed):
             for name, value in theirs.items():
                 if value != typed[0][name]:
-                    self.refuse(f"rank {rank} was started with --{name} {value}, and rank 0 with "
-                                f"{typed[0][name]}: give all the same options")  # fmt: skip
-
-    def refuse(self, why: str) -> None:
-        """Raise InputError, for what all processes find alike: one of them says why."""
-        raise InputError(why) if self.is_first else Elsewhere
+                    raise InputError(
+                        f"rank {rank} was started with --{name} {value}, and rank 0 with "
+                        f"{typed[0][name]}: give all the same options"
+                    )
 
     # What they do
 
@@ -211,7 +214,7 @@ class Team:
         everyones = self.gather_all(zlib.crc32(json.dumps([seen, data.classes]).encode()))
         for rank, theirs in enumerate(everyones):
             if theirs != everyones[0]:
-                self.refuse(f"rank {rank} has other images than rank 0: give all the same data")
+                raise InputError(f"rank {rank} has other images than rank 0: give all the same")
 
     # What they tell each other
 
@@ -288,30 +291,36 @@ class Watch(threading.Thread):
         self._failing = False
 
     def run(self) -> None:
-        beat = 0
-        while not self._done.wait(1):
-            beat += 1
+        for beat in itertools.count():
             try:
                 with self._lock:
                     self.store.set(f"beat/{self.rank}", str(beat))
                     why = self._why()
             except RuntimeError:  # the store has gone with its process
                 why = "the process that keeps the store is gone"
-            if why is not None and not self._done.is_set():
+            if why is not None:
                 self._end(why)
+            if self._done.wait(1):
+                return
+
+    def all_are_here(self) -> None:
+        """From now on each should give signs of life; before, it may not have begun."""
+        with self._lock:
+            for rank in self.others:
+                self._heard.setdefault(rank, (b"", time.monotonic()))
 
     def _why(self) -> str | None:
         """Why this process should end, if it should; '' where another says that."""
         if self.store.check(["failed"]):
             return ""
         now = time.monotonic()
-        for rank in self.others:
-            if self.store.check([f"beat/{rank}"]):
-                beat = self.store.get(f"beat/{rank}")
-                if self._heard.get(rank, (b"", now))[0] != beat:
-                    self._heard[rank] = beat, now
-                elif now - self._heard[rank][1] > SILENCE:
-                    return f"rank {rank} has given no sign of life for {SILENCE:.0f} s"
+        for rank, (beat, when) in self._heard.items():
+            key = f"beat/{rank}"
+            latest = self.store.get(key) if self.store.check([key]) else b""
+            if latest != beat:
+                self._heard[rank] = latest, now
+            elif now - when > SILENCE:
+                return f"rank {rank} has given no sign of life for {SILENCE:.0f} s"
         return None
 
     def _end(self, why: str) -> None:
@@ -442,13 +451,6 @@ class ParallelTraining(Training):
         """As always, on rank 0."""
         if self.team.is_first:
             super().write(path, checkpoint)
-
-    def check_tested(self, tested: Totals, epoch: int) -> None:
-        """As always; all find the same, and one says it."""
-        try:
-            super().check_tested(tested, epoch)
-        except Diverged as error:
-            raise error if self.team.is_first else Elsewhere from error
 
     # How it goes on
 

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -71,6 +72,10 @@ def one_speaks(is_the_one: bool) -> Iterator[None]:
             yield
         except InputError as error:
             raise Elsewhere from error
+        except SystemExit as ended:
+            if ended.code:
+                raise Elsewhere from ended
+            raise
 
 
 def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
@@ -422,6 +427,7 @@ def attempt(argv: list[str]) -> int:
     except (CannotSave, Lost) as error:
         return fail(1, error)
     except Elsewhere:
+        time.sleep(5)  # torchrun ends the others when the first ends: that should be who says why
         return 1
     except (Diverged, Anomaly) as error:
         return fail(3, error)
@@ -439,5 +445,13 @@ def fail(status: int, reason: Exception | str) -> int:
     return status
 
 
+def end(status: int) -> None:
+    """End the process; one of several that has failed, without waiting for its connections."""
+    if status and "parallel" in sys.modules:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

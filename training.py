@@ -224,7 +224,8 @@ class Training:
         local_losses, train_errors, test_errors = (
             trained.losses(), trained.errors(), tested.errors()
         )  # fmt: skip
-        self.check_tested(tested, epoch)
+        if bad := tested.first_not_finite():
+            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
         metrics = {
             "epoch": epoch,
             "lr": lr,
@@ -252,11 +253,6 @@ class Training:
             "samples_per_second": trained.samples / trained.seconds,
             "peak_memory_bytes": self.peak.bytes,
         }
-
-    def check_tested(self, tested: Totals, epoch: int) -> None:
-        """Raise Diverged unless the losses of the test data are finite."""
-        if bad := tested.first_not_finite():
-            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
 
     def evaluated(self) -> Totals:
         """Of the test data."""

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,10 +53,12 @@ class Server:
             after: kill it after so many seconds.
             line, files: at the so-maniest line run in these files of the project (default: in
                 those that train and write) ...
-            send: ... have it send itself these signals (default: SIGKILL), with seconds between.
+            send: ... have it send itself these signals (default: SIGKILL), with seconds between;
+                or `raise` to have an exception there.
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
             stdout, stderr: what these are, if not files to be read here.
             environment: variables to set.
+            patience: `parallel.SILENCE` of it, in seconds.
         """
         arguments = [str(argument) for argument in arguments]
         self.process.stdin.write(json.dumps({"arguments": arguments, **plan}) + "\n")
@@ -78,7 +81,7 @@ class Server:
     def start_together(self, processes, *arguments, plans=None):
         """Begin a run as torchrun would, but that none is ended for another; their pids by rank.
 
-        `plans` are those of `start`, by rank.
+        `plans` are those of `start`, by rank; `more` in them are arguments of that rank alone.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -89,7 +92,8 @@ class Server:
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
             plan = {"stdout": f"rank_{rank}.out", "stderr": f"rank_{rank}.err"}
             plan |= {"environment": {name: str(value) for name, value in environment.items()}}
-            pids.append(self.start(*arguments, **plan, **(plans or {}).get(rank, {})))
+            plan |= (plans or {}).get(rank, {})
+            pids.append(self.start(*arguments, *plan.pop("more", []), **plan))
         return pids
 
     def run_together(self, processes, *arguments, plans=None):
@@ -120,6 +124,7 @@ def child(arguments, plan):
         path = plan.get(name, f"fork_server.{name}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    import parallel
     import train
     from interrupts import INTERRUPTS
 
@@ -130,8 +135,13 @@ def child(arguments, plan):
         if plan.get("deadly"):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     counted = trace(plan) if "line" in plan else [0]
+    parallel.SILENCE = plan.get("patience", parallel.SILENCE)
     sys.argv = ["train.py", *arguments]
-    status = train.main()
+    try:
+        status = train.main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
     Path("fork_server.lines").write_text(str(counted[0]))
     sys.stderr.flush()
     os._exit(status)
@@ -147,6 +157,8 @@ def trace(plan):
             counted[0] += 1
             if counted[0] == plan["line"]:
                 for name in plan.get("send", ["SIGKILL"]):
+                    if name == "raise":
+                        raise ArithmeticError("as planned")
                     if isinstance(name, str):
                         os.kill(os.getpid(), getattr(signal, name))
                     else:

@@ -1,0 +1,234 @@
+"""A process of several that fails, dies or hangs takes the run with it, and says why."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from fork_server import ROOT, Server
+
+from configs import InputError
+from models.checkpoint import read_checkpoint
+from parallel import Team
+
+RUN = [
+    "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
+    "--context_mode", "R1E", "--batch_size", "4", "--epochs", "1000", "--device", "cpu",
+    "--checkpoint_every", "2", "--parallel", "modules",
+]  # fmt: skip
+HALVES = ["--module_ranges", "0-1", "2-3"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("runs")) as server:
+        yield server
+
+
+def errors(ended):
+    """Lines that say what went wrong, of all processes; torch's own warnings are left out."""
+    return [line for each in ended for line in each.err if line.startswith("train.py: error")]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("how", ["SIGKILL", "raise"])
+def test_one_dies_and_all_end(server, rank, how):
+    """In the middle of a step, after checkpoints."""
+    folder = f"dies_{rank}_{how}"
+    # Rank 0 comes to so many lines later: it writes the checkpoints.
+    plan = {rank: {"line": 3000 if rank else 4000, "files": ["engine.py"], "send": [how]}}
+    began = time.monotonic()
+    ended = server.run_together(
+        3, *RUN, "--module_ranges", "0-1", "2", "3", "--output_dir", folder, plans=plan
+    )
+    assert time.monotonic() - began < 60
+    assert all(each.status for each in ended)
+    if how == "raise":
+        assert ended[rank].err[-1] == "ArithmeticError: as planned"
+        if rank:  # with rank 0 goes the store, in which it says so; torchrun keeps its own
+            assert errors(ended) == []
+    else:
+        assert ended[rank].status == -signal.SIGKILL
+        assert 1 <= len(errors(ended)) <= 2  # of those that noticed at the same time
+    state = read_checkpoint(server.folder / folder / "checkpoint.pt")
+    assert (state.epoch, state.step) > (0, 0)
+
+
+def test_one_that_gives_no_sign_of_life(server):
+    """Its sockets are open, and nothing comes from them."""
+    pids = server.start_together(
+        2, *RUN, *HALVES, "--output_dir", "stands", plans={0: {"patience": 3.0}}
+    )
+    checkpoint = server.folder / "stands" / "checkpoint.pt"
+    wait_for(checkpoint)
+    os.kill(pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    assert server.wait(pids[0]).status == 1
+    assert 3 < time.monotonic() - began < 20
+    os.kill(pids[1], signal.SIGKILL)
+    server.wait(pids[1])
+    said = (server.folder / "rank_0.err").read_text().splitlines()[-1]
+    assert said == "train.py: error: rank 0: rank 1 has given no sign of life for 3 s"
+    read_checkpoint(checkpoint)
+
+
+def test_a_loss_that_is_not_finite_on_another_rank(server):
+    """The module is named by the rank that has it, and the run ends as in one process."""
+    more = ["--lr", "1000", "--no-cos_lr", "-p", "1", "--output_dir", "diverges"]
+    alone = server.run(*RUN[:-2], *more, "--output_dir", "diverges_alone")
+    ended = server.run_together(2, *RUN, *HALVES, *more)
+    assert alone.status == 3
+    assert 3 in [each.status for each in ended]
+    where = "the loss of module {} is not finite from step {} of epoch 1 on"
+    module, step = (alone.err[0].split(f"{word} ")[1].split()[0] for word in ("module", "step"))
+    assert where.format(module, step) in alone.err[0]
+    assert any(where.format(module, step) in line for line in errors(ended))
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused, in one line
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--local_module_num", "1"], "2 processes for 1 modules: take 1 at most, or a larger "
+         "--local_module_num"),
+        (["--module_ranges", "0-3"], "--module_ranges has 1 ranges for 2 processes"),
+        (["--module_ranges", "0", "2-3"], "--module_ranges: 2-3 should begin with module 1"),
+        (["--module_ranges", "0-1", "2"], "--module_ranges ends with module 2, and the last of 4 "
+         "is 3"),
+        (["--module_ranges", "0-2", "2-3"], "--module_ranges: 2-3 should begin with module 3"),
+        (["--device", "cuda:0"], "--device cuda:0 is one device, and each process has its own: "
+         "give --device cuda"),
+        (["--sync_bn"], "--sync_bn is for --parallel data: give that, or leave it out"),
+        (["--detect_anomaly"], "--detect_anomaly looks at one process: leave --parallel out"),
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 to 1000000000"),
+        (["--data_dir", "nowhere", "--dataset", "folder"], "there is no folder nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(server, more, says):
+    ended = server.run_together(2, *RUN, *more, "--output_dir", "refused")
+    assert {each.status for each in ended} <= {1, 2}
+    assert 2 in {each.status for each in ended}
+    (said,) = errors(ended)
+    assert said.startswith(f"train.py: error: {says}")
+    assert not (server.folder / "refused").exists()
+
+
+def test_other_options_on_one_rank(server):
+    ended = server.run_together(
+        2, *RUN, *HALVES, "--output_dir", "other", plans={1: {"more": ["--lr", "0.2"]}}
+    )
+    assert errors(ended) == [
+        "train.py: error: rank 1 was started with --lr 0.2, and rank 0 with None: give all the "
+        "same options"
+    ]
+    assert not (server.folder / "other").exists()
+
+
+def test_a_backend_that_is_missing(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    team = Team(argparse.Namespace(device="cpu"))
+    assert team._device() == torch.device("cpu")
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: False)
+    with pytest.raises(InputError, match="on the CPU needs Gloo, which this PyTorch has not"):
+        team._device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    team.options.device = "cuda"
+    with pytest.raises(InputError, match="on CUDA needs NCCL and Gloo, which this PyTorch has not"):
+        team._device()
+
+
+def test_processes_that_do_not_know_how_to_share(monkeypatch, capsys, here):
+    from cli import main
+
+    assert main(monkeypatch, capsys, "--parallel", "modules")[::2] == (
+        2, ["train.py: error: --parallel modules is for processes that torchrun starts (RANK is "
+            "not set): torchrun --nproc_per_node=P train.py ..."],
+    )  # fmt: skip
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(monkeypatch, capsys, "--dataset", "digits")[::2] == (
+        2, ["train.py: error: torchrun started 2 processes: say how they share the work, with "
+            "--parallel modules or data"],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# By torchrun itself
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Starts a run of two, the output of which goes to a file."""
+    started = []
+
+    def start(*arguments):
+        with (tmp_path / "said").open("w") as said:
+            started.append(subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                 "--master_port=0", ROOT / "train.py", *arguments],
+                cwd=tmp_path, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ))  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def children(pid):
+    """Processes of torchrun by rank."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as stat:
+                parent = int(stat.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{entry}/environ", "rb") as environ:
+                variables = dict(v.split(b"=", 1) for v in environ.read().split(b"\0") if b"=" in v)
+        except OSError:
+            continue
+        if parent == pid and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(entry)
+    return found
+
+
+def test_torchrun_ends_the_job_when_one_is_killed(torchrun, tmp_path):
+    process = torchrun(*RUN, *HALVES, "--output_dir", "run")
+    wait_for(tmp_path / "run" / "checkpoint.pt")
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    assert process.wait(timeout=30) != 0
+    said = (tmp_path / "said").read_text()
+    assert "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
+    state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (state.epoch, state.step) > (0, 0)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_torchrun_hands_on_what_stops_a_run(torchrun, tmp_path, name):
+    process = torchrun(*RUN, *HALVES, "--output_dir", "run")
+    wait_for(tmp_path / "run" / "checkpoint.pt")
+    process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=30) != 0
+    said = (tmp_path / "said").read_text()
+    assert f"stopped by {name}; continue with --resume run/checkpoint.pt" in said
+    environment = json.loads((tmp_path / "run" / "environment.jsonl").read_text().splitlines()[0])
+    assert environment["parallel"]["ranges"] == ["0-1", "2-3"]
