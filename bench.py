@@ -6,6 +6,8 @@ python bench.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mo
 Plain are eager modules in contiguous float32, with ungrouped encoders and nothing made again.
 Every configuration has a process of its own (some options hold for a whole process); they take
 turns step by step, so that whatever else the machine does hits all alike.
+
+With --parallel modules it times several processes against one, in turns of --steps steps.
 """
 
 from interrupts import INTERRUPTS
@@ -19,14 +21,16 @@ import multiprocessing
 import os
 import platform
 import shlex
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,8 +40,13 @@ from engine import Totals, make_optimizers, tensors_alive, train_step
 from memory import MIB, PeakMemory
 from models import build_network
 from options import Parser, read_options, whole
+from options import build_parser as build_train_parser
 from speed import choose_device, compile_errors, device_name, ready, set_switches
 from train import network_arguments
+from training import Elsewhere, Lost
+
+if TYPE_CHECKING:
+    from parallel import Team
 
 PLAIN = (
     "--no-channels_last --amp off --compile False --context_group 0 --recompute False "
@@ -64,9 +73,11 @@ class Timed(NamedTuple):
 # In a process of its own
 
 
-def serve(argv: list[str], pipe: Connection) -> None:
+def serve(argv: list[str], threads: int | None, pipe: Connection) -> None:
     """Send (device, batch size, peak bytes, loader samples/s), then seconds of a step for each
-    message; or a sentence that says what is wrong."""
+    message; or a sentence that says what is wrong. `threads` are PyTorch's own, if it is None."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         options, _ = read_options(argv)
         for name in ("resume", "evaluate", "dry_run"):
@@ -76,11 +87,13 @@ def serve(argv: list[str], pipe: Connection) -> None:
         step, peak = training_step(options, device)
         for _ in range(WARM_UP):
             step()
+        wait_for(device)
         loader = loader_speed(options, device)
         pipe.send((device_name(device), options.batch_size, peak.bytes, loader))
         while pipe.recv():
             start = time.perf_counter()
             step()
+            wait_for(device)
             pipe.send(time.perf_counter() - start)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass
@@ -89,9 +102,9 @@ def serve(argv: list[str], pipe: Connection) -> None:
 
 
 def training_step(
-    options: argparse.Namespace, device: torch.device
+    options: argparse.Namespace, device: torch.device, team: "Team | None" = None
 ) -> tuple[Callable[[], None], PeakMemory]:
-    """One step of a run with these options, on one random batch, that waits for the device."""
+    """One step of a run with these options, or this process's part of it, on one random batch."""
     arguments, _ = network_arguments(options)
     set_switches(
         device,
@@ -99,13 +112,13 @@ def training_step(
         tf32=options.tf32,
         keeps_heap=options.keep_heap,
     )
+    if team is not None:
+        team.choose_way(options, arguments)
     torch.manual_seed(0)
-    network = ready(
-        build_network(**arguments),
-        device,
-        channels_last=options.channels_last,
-        compiled=options.compile,
-    )
+    network = build_network(**arguments)
+    if team is not None:
+        team.way.prepare(network)
+    ready(network, device, channels_last=options.channels_last, compiled=options.compile)
     optimizers, totals = make_optimizers(network), Totals(network, device)
     split = random_split(options, options.batch_size, arguments["num_classes"])
     ((images, targets),) = batches(split, options, device).epoch(0)
@@ -116,9 +129,58 @@ def training_step(
         with peak.step(len(targets), alive):
             for _ in train_step(network, optimizers, images, targets, totals):
                 pass
-        wait_for(device)
 
     return step, peak
+
+
+def serve_one_of_several(argv: list[str], environment: dict[str, str], pipe: Connection) -> None:
+    """As `serve` does, for a process of a team, in turns of as many steps as each message says.
+
+    Sends (device, batch size, peak bytes, how the work is split), then (seconds a step, seconds
+    of the turn, percent that it was busy) for each message.
+    """
+    from parallel import Team  # which nothing else needs
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        with Team(build_train_parser().parse_args(argv)) as team:
+            options, _ = read_options(argv)
+            step, peak = training_step(options, team.device, team)
+            take_turn(team, options.batch_size, step, WARM_UP + team.size)
+            pipe.send((device_name(team.device), options.batch_size, peak.bytes, str(team.way)))
+            while steps := pipe.recv():
+                pipe.send(take_turn(team, options.batch_size, step, steps))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt, Elsewhere):
+        pass
+    except (InputError, Lost, ValueError, torch.OutOfMemoryError, *compile_errors()) as error:
+        pipe.send(one_line(error))
+
+
+def take_turn(
+    team: "Team", batch_size: int, step: Callable[[], None], steps: int
+) -> tuple[float, float, float]:
+    """Seconds of a step once all have begun, seconds of all steps, and percent that it was busy.
+
+    More than the size of the team are needed for the first.
+    """
+    team.way.begin([batch_size] * steps)
+    began = time.perf_counter()
+    for count in range(1, steps + 1):
+        team.signal()
+        if count == steps:
+            team.way.last()
+        step()
+        if count == team.size:
+            wait_for(team.device)
+            filled = time.perf_counter()
+            team.way.stalled()
+    wait_for(team.device)
+    ended = time.perf_counter()
+    busy = 100 * (1 - team.way.stalled() / (ended - filled)) if steps > team.size else 0.0
+    team.way.end()
+    team.settle()
+    return (ended - filled) / max(1, steps - team.size), ended - began, busy
 
 
 def loader_speed(options: argparse.Namespace, device: torch.device) -> float:
@@ -174,29 +236,138 @@ def wait_for(device: torch.device) -> None:
 def time_in_turn(rows: dict[str, list[str]], steps: int) -> list[Timed]:
     """Each row's figures; InputError for what a process says."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes, starts = [], [], []
-    try:
+    with ExitStack() as stack:
+        pipes, starts = [], []
         for argv in rows.values():
-            pipe, other = context.Pipe()
-            processes.append(context.Process(target=serve, args=(argv, other), daemon=True))
-            processes[-1].start()
-            other.close()
-            pipes.append(pipe)
-            starts.append(receive(pipe))  # before the next begins: they'd slow each other
+            pipes += stack.enter_context(started(context, [(serve, argv, None)]))
+            starts.append(receive(pipes[-1]))  # before the next begins: they'd slow each other
         seconds: list[list[float]] = [[] for _ in pipes]
         for _ in range(steps):
             for pipe, times in zip(pipes, seconds, strict=True):
                 pipe.send(True)
                 times.append(receive(pipe))
+    return [
+        Timed(name, *start, times) for name, start, times in zip(rows, starts, seconds, strict=True)
+    ]
+
+
+def time_together(
+    argv: list[str], split: list[str], processes: int, steps: int, turns: int
+) -> dict[str, Any]:
+    """What `--json` prints of one process and of several that share the work as `split` says.
+
+    InputError for what a process says.
+    """
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    team = [
+        (serve_one_of_several, [*argv, *split], {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        })
+        for rank in range(processes)
+    ]  # fmt: skip
+    with started(context, [(serve, argv, 1)]) as (alone,):
+        first = receive(alone)
+        with started(context, team) as pipes:
+            ranks = [receive(pipe) for pipe in pipes]
+            measured = [(_turn_of_one(alone, steps), _turn_of_all(pipes, steps))
+                        for _ in range(turns)]  # fmt: skip
+    return together_as_json(first, ranks, measured, steps)
+
+
+def _turn_of_one(pipe: Connection, steps: int) -> list[float]:
+    seconds = []
+    for _ in range(steps):
+        pipe.send(True)
+        seconds.append(receive(pipe))
+    return seconds
+
+
+def _turn_of_all(pipes: list[Connection], steps: int) -> list[tuple[float, float, float]]:
+    for pipe in pipes:
+        pipe.send(steps)
+    return [receive(pipe) for pipe in pipes]
+
+
+def together_as_json(
+    first: tuple, ranks: list[tuple], measured: list[tuple[list, list]], steps: int
+) -> dict[str, Any]:
+    """A turn's ratio is of seconds a step: the one process's median to those of the slowest rank,
+    when all work; `with_bubble` counts the time until they do, and that in which they end."""
+    device, batch_size, peak, _ = first
+    alone = [statistics.median(one) for one, _ in measured]
+    together = [max(step for step, _, _ in several) for _, several in measured]
+    whole = [max(turn for _, turn, _ in several) / steps for _, several in measured]
+    ratios = [a / b for a, b in zip(alone, together, strict=True)]
+    return {
+        "machine": machine(device), "steps": steps, "turns": len(measured),
+        "batch_size": batch_size, "way": ranks[0][3], "processes": len(ranks),
+        "one": _spread(alone) | {"peak_bytes": peak},
+        "several": _spread(together) | {
+            "peak_bytes": [rank[2] for rank in ranks],
+            "busy_percent": [statistics.median(several[r][2] for _, several in measured)
+                             for r in range(len(ranks))],
+        },
+        "times_one": statistics.median(ratios),
+        "times_one_least": min(ratios), "times_one_most": max(ratios),
+        "times_one_with_bubble": statistics.median(
+            a / b for a, b in zip(alone, whole, strict=True)
+        ),
+    }  # fmt: skip
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    return {
+        "step_ms": 1000 * statistics.median(seconds),
+        "step_ms_least": 1000 * min(seconds),
+        "step_ms_most": 1000 * max(seconds),
+    }
+
+
+def print_together(result: dict[str, Any]) -> None:
+    """One process, several, and by how much they are faster."""
+    several = result["several"]
+    print(f"{result['machine']}; {result['turns']} turns of {result['steps']} steps of "
+          f"{result['batch_size']} samples, a thread a process on the CPU")  # fmt: skip
+    print(result["way"])
+    print(f"{'':14}  {'samples/s':>9}  {'ms a step':>9}  {'least to most':>15}  peak MiB, busy %")
+    for name, row in (("one process", result["one"]),
+                      (f"{result['processes']} processes", several)):  # fmt: skip
+        peaks = row["peak_bytes"] if row is several else [row["peak_bytes"]]
+        more = [f"{peak / MIB:.0f}" for peak in peaks]
+        if row is several:
+            more = [f"{p}, {b:.1f}" for p, b in zip(more, row["busy_percent"], strict=True)]
+        spread = f"{row['step_ms_least']:.1f}-{row['step_ms_most']:.1f}"
+        print(f"{name:14}  {1000 * result['batch_size'] / row['step_ms']:9.0f}  "
+              f"{row['step_ms']:9.1f}  {spread:>15}  {'; '.join(more)}")  # fmt: skip
+    print(f"{result['times_one']:.2f} times one process ({result['times_one_least']:.2f} to "
+          f"{result['times_one_most']:.2f}); in turns of {result['steps']} steps, with their start "
+          f"and end, {result['times_one_with_bubble']:.2f}")  # fmt: skip
+
+
+@contextmanager
+def started(context: Any, servers: list[tuple]) -> Iterator[list[Connection]]:
+    """Processes (function, its arguments but the last, a pipe); inside, pipes to them."""
+    pipes, processes = [], []
+    try:
+        for function, *arguments in servers:
+            pipe, other = context.Pipe()
+            processes.append(
+                context.Process(target=function, args=(*arguments, other), daemon=True)
+            )
+            processes[-1].start()
+            other.close()
+            pipes.append(pipe)
+        yield pipes
     finally:
         for pipe in pipes:
             pipe.close()
         for process in processes:
             process.join(timeout=5)
             process.terminate()
-    return [
-        Timed(name, *start, times) for name, start, times in zip(rows, starts, seconds, strict=True)
-    ]
 
 
 def receive(pipe: Connection) -> Any:
@@ -275,8 +446,37 @@ def build_parser() -> Parser:
         help="--versus=\"...\": options of train.py to add in one more row; may be repeated",
     )  # fmt: skip
     parser.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps a row")
+    parser.add_argument(
+        "--parallel", choices=["modules"], help="time several processes against one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nproc", type=whole(1), default=2, metavar="P", help="with --parallel: so many",
+    )  # fmt: skip
+    parser.add_argument(
+        "--module_ranges", nargs="*", default=[], metavar="A-B", help="with --parallel: of each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--turns", type=whole(1), default=5, metavar="N", help="with --parallel: turns of each",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def show_together(own: argparse.Namespace, argv: list[str]) -> None:
+    """Time several processes against one, and print that."""
+    if own.versus:
+        raise InputError("--parallel is timed against one process: leave --versus out")
+    if own.steps <= own.nproc:
+        raise InputError(f"the first {own.nproc} steps fill the pipeline: give more --steps")
+    split = ["--parallel", own.parallel]
+    if own.module_ranges:
+        split += ["--module_ranges", *own.module_ranges]
+    read_options([*argv, *split])
+    result = time_together(argv, split, own.nproc, own.steps, own.turns)
+    if own.json:
+        print(json.dumps(result))
+    else:
+        print_together(result)
 
 
 def main() -> int:
@@ -284,6 +484,9 @@ def main() -> int:
     own, argv = build_parser().parse_known_args()
     rows = {"plain": [*argv, *shlex.split(PLAIN)], "as given": argv}
     try:
+        if own.parallel:
+            show_together(own, argv)
+            return 0
         rows |= {more: [*argv, *shlex.split(more)] for more in own.versus}
         for arguments in rows.values():
             read_options(arguments)

@@ -42,6 +42,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another that is alive: it may compile, download or save."""
 
+WELCOME = timedelta(minutes=5)
+"""How long a process waits for the store, which is there before torchrun starts any."""
+
 SILENCE = 20.0
 """Seconds without a sign of life after which a process counts as dead."""
 
@@ -79,7 +82,7 @@ class Team:
     def __enter__(self) -> "Team":
         if not self.is_first:
             sys.stdout = open(os.devnull, "w")
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, _, _ = next(dist.rendezvous("env://", timeout=WELCOME))
         self.store = dist.PrefixStore("contsup", store)
         self.watch = Watch(dist.PrefixStore("contsup", store.clone()), self.rank, self.size)
         self.watch.start()

@@ -20,7 +20,7 @@ from parallel import Team
 RUN = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
     "--context_mode", "R1E", "--batch_size", "4", "--epochs", "1000", "--device", "cpu",
-    "--checkpoint_every", "2", "--parallel", "modules",
+    "--parallel", "modules", "--checkpoint_every", "2",
 ]  # fmt: skip
 HALVES = ["--module_ranges", "0-1", "2-3"]
 
@@ -81,8 +81,8 @@ def test_one_that_gives_no_sign_of_life(server):
 def test_a_loss_that_is_not_finite_on_another_rank(server):
     """The module is named by the rank that has it, and the run ends as in one process."""
     more = ["--lr", "1000", "--no-cos_lr", "-p", "1", "--output_dir", "diverges"]
-    alone = server.run(*RUN[:-2], *more, "--output_dir", "diverges_alone")
-    ended = server.run_together(2, *RUN, *HALVES, *more)
+    alone = server.run(*RUN[:-4], *more, "--output_dir", "diverges_alone")
+    ended = server.run_together(2, *RUN[:-2], *HALVES, *more)
     assert alone.status == 3
     assert 3 in [each.status for each in ended]
     where = "the loss of module {} is not finite from step {} of epoch 1 on"
@@ -117,7 +117,8 @@ def test_bad_input_is_refused_in_one_line(server, more, says):
     ended = server.run_together(2, *RUN, *more, "--output_dir", "refused")
     assert {each.status for each in ended} <= {1, 2}
     assert 2 in {each.status for each in ended}
-    (said,) = errors(ended)
+    # Rank 1 may find that rank 0 is gone, and with it the store; torchrun keeps its own.
+    (said,) = (line for line in errors(ended) if "rank 1" not in line)
     assert said.startswith(f"train.py: error: {says}")
     assert not (server.folder / "refused").exists()
 
@@ -177,8 +178,10 @@ def torchrun(tmp_path):
         with (tmp_path / "said").open("w") as said:
             started.append(subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                 "--master_port=0", ROOT / "train.py", *arguments],
+                 "--standalone", ROOT / "train.py", *arguments],
                 cwd=tmp_path, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # It is ignored behind `pytest &`.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             ))  # fmt: skip
         return started[-1]
 

@@ -1,0 +1,259 @@
+"""What crosses a cut, how a range of modules is linked to others, and who has which modules."""
+
+import itertools
+import random
+from collections import deque
+
+import pytest
+import torch
+
+from configs import InputError
+from engine import Totals, make_optimizers, train_step
+from memory import LiveBytes
+from models import build_network
+from models.context import ContextMode, Contexts
+from models.network import Ends
+from pipeline import (
+    IN_FLIGHT,
+    Kind,
+    Link,
+    Stalls,
+    balanced_ranges,
+    check_ranges,
+    crossing,
+    in_one_piece,
+)
+
+CPU = torch.device("cpu")
+NET = {"layers": 14, "local_module_num": 7, "dataset": "digits", "image_size": 16}
+
+
+# ---------------------------------------------------------------------------------------------
+# What crosses
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("mode", ["R0", "E", "R1", "R3", "R3E", "R7"])
+def test_what_crosses_is_what_a_forward_pass_hands_on(mode, last, amp):
+    """Found on fake tensors, against the real ones of each cut: shapes, dtypes, strides."""
+    arguments = {**NET, "context_mode": mode, "amp": amp}
+    network = build_network(**arguments)
+    layout = torch.channels_last if last else torch.contiguous_format
+    network.to(memory_format=layout)
+    images = torch.randn(3, 3, 16, 16).to(memory_format=layout)
+    for cut, kinds in enumerate(crossing(arguments, CPU, last)):
+        seen = []
+
+        class Seen(Ends):
+            def leave(self, h, contexts, seen=seen):
+                seen.extend([h, *contexts.pushed()])
+
+        network.held, network.ends = list(network.local_modules)[: cut + 1], Seen()
+        list(network.features(images))
+        assert [Kind.of(tensor) for tensor in seen] == kinds
+        assert [kind.nbytes(3) for kind in kinds] == [tensor.nbytes for tensor in seen]
+        for kind, tensor in zip(kinds, seen, strict=True):
+            assert kind.empty(3, CPU).stride() == tensor.stride()
+        # The window without the image: as many inputs as there are, n of Rn at most.
+        assert len(kinds) == 1 + min(ContextMode.parse(mode).recent, cut)
+
+
+def test_the_window_is_made_again_as_it_was():
+    image, inputs = torch.zeros(1), [torch.full((1,), float(n)) for n in range(1, 6)]
+    for name, count in itertools.product(["R0", "E", "R1", "R3", "R3E"], range(6)):
+        mode = ContextMode.parse(name)
+        contexts, again = Contexts(mode, image), Contexts(mode, image)
+        for h_in in inputs[:count]:
+            contexts.push(h_in)
+        for h_in in contexts.pushed():
+            again.push(h_in)
+        assert contexts.named().keys() == again.named().keys()
+        for context, name in zip(contexts.named().values(), again.named(), strict=True):
+            assert again.named()[name] is context
+        assert all(h_in is not image for h_in in contexts.pushed())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 4, 4), (3, 8, 1, 1)])
+def test_a_piece_shares_its_tensors_memory(shape):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensor = torch.randn(shape).to(memory_format=layout)
+        piece = in_one_piece(tensor)
+        assert piece.is_contiguous() and piece.data_ptr() == tensor.data_ptr()
+        assert sorted(piece.flatten().tolist()) == sorted(tensor.flatten().tolist())
+    strided = torch.randn(4, 6)[:, ::2]
+    assert torch.equal(in_one_piece(strided), strided)
+
+
+# ---------------------------------------------------------------------------------------------
+# Links
+
+
+class Wire:
+    """Carries tensors within a process, and counts what was sent and not yet waited for."""
+
+    def __init__(self):
+        self.sent, self.expected, self.unfinished, self.most = deque(), deque(), 0, 0
+
+    def send(self, tensor):
+        self.sent.append(tensor.clone())
+        self.unfinished += 1
+        self.most = max(self.most, self.unfinished)
+        return self.Done(self)
+
+    def receive(self, tensor):
+        self.expected.append(tensor)
+        return self.Arrives(self)
+
+    class Done:
+        def __init__(self, wire):
+            self.wire = wire
+
+        def wait(self):
+            self.wire.unfinished -= 1
+
+    class Arrives:
+        def __init__(self, wire):
+            self.wire = wire
+
+        def wait(self):
+            self.wire.expected.popleft().copy_(self.wire.sent.popleft())
+
+
+@pytest.mark.parametrize("mode", ["R0", "E", "R2", "R1E"])
+def test_linked_ranges_compute_what_a_whole_network_does(mode):
+    """Three ranges, batches of two sizes: outputs and gradients by their bits."""
+    arguments = {**NET, "context_mode": mode}
+    kinds = crossing(arguments, CPU, False)
+    ranges = [range(0, 2), range(2, 5), range(5, 7)]
+    wires = [Wire(), Wire()]
+    parts = []
+    for r, held in enumerate(ranges):
+        torch.manual_seed(0)
+        part = build_network(**arguments)
+        link = Link(CPU, kinds[held.start - 1] if r else None, wires[r - 1].receive if r else None,
+                    wires[r].send if r < 2 else None)  # fmt: skip
+        part.hold(held, link)
+        assert [m.index for m in part.held] == list(held)
+        assert {p.is_meta for m in part.local_modules if m.index not in held
+                for p in m.parameters()} == {True}  # fmt: skip
+        parts.append(part)
+    torch.manual_seed(0)
+    whole = build_network(**arguments)
+    sizes = [4, 4, 3]
+    for part in parts:
+        part.ends.begin(sizes)
+    optimizers = [make_optimizers(part) for part in parts]
+    own = make_optimizers(whole)
+    for optimizer in (*itertools.chain(*optimizers), *own):
+        optimizer.param_groups[0]["lr"] = 0.1
+    sums = [Totals(part, CPU) for part in parts]
+    all_sums = Totals(whole, CPU)
+    for size in sizes:
+        images, targets = torch.randn(size, 3, 16, 16), torch.arange(size)
+        for part, optimizer, totals in zip(parts, optimizers, sums, strict=True):
+            list(train_step(part, optimizer, images, targets, totals))
+        list(train_step(whole, own, images, targets, all_sums))
+    for part in parts:
+        part.ends.flush()
+        for module in part.held:
+            theirs = whole.local_modules[module.index].state_dict()
+            for name, tensor in module.state_dict().items():
+                assert torch.equal(tensor, theirs[name]), name
+    assert [loss for totals in sums for loss in totals.losses()] == all_sums.losses()
+    assert [wire.unfinished for wire in wires] == [0, 0]
+    assert not wires[0].expected and not wires[1].expected
+    tensors = len(kinds[1])
+    assert wires[0].most <= IN_FLIGHT * tensors
+
+
+def test_the_next_batch_is_expected_before_this_one_is_computed_with():
+    arguments = {**NET, "context_mode": "R0"}
+    kinds, wire = crossing(arguments, CPU, False)[1], Wire()
+    link = Link(CPU, kinds, wire.receive, None)
+    images = torch.randn(4, 3, 16, 16)
+    link.begin([4, 4, 2])
+    for left in (2, 1, 0):
+        wire.sent.append(torch.ones(4 if left else 2, 16, 16, 16))
+        h, _ = link.enter(ContextMode.parse("R0"), images)
+        assert torch.equal(h, torch.ones_like(h))
+        assert len(wire.expected) == len(link.in_flight()) == (left > 0)
+    link.begin([4, 4])
+    link.end()  # the first of them is the last
+    wire.sent.append(torch.ones(4, 16, 16, 16))
+    link.enter(ContextMode.parse("R0"), images)
+    assert not wire.expected
+
+
+def test_what_is_in_flight_is_metered():
+    """Received ahead of time, and sent: both are alive when a step begins."""
+    kind = Kind((4, 8, 8), torch.float32, torch.channels_last)
+    link = Link(CPU, [kind], Wire().receive, Wire().send)
+    link.begin([2, 2])
+    h = torch.randn(2, 4, 8, 8)
+    for _ in range(IN_FLIGHT + 1):
+        link.leave(h.clone(), Contexts(ContextMode.parse("R0"), h))
+    with LiveBytes(link.in_flight()) as meter:
+        pass
+    assert meter.live == (1 + IN_FLIGHT) * 2 * 4 * 8 * 8 * 4
+
+
+def test_a_stall_is_timed(monkeypatch):
+    clock = iter([1.0, 3.5, 10.0, 10.5])
+    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    stalls = Stalls(CPU)
+    for _ in range(2):
+        with stalls:
+            pass
+    assert stalls.taken() == 3.0
+    assert stalls.taken() == 0.0
+
+
+def test_on_cuda_a_stall_is_the_streams(monkeypatch):
+    """Events are recorded around the wait, and read when they are asked for, not before."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, other):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stalls = Stalls(torch.device("cuda"))
+    for _ in range(3):
+        with stalls:
+            log.append("wait")
+    assert log == ["record", "wait", "record"] * 3
+    assert stalls.taken() == 0.75
+    assert log[9:] == ["synchronize"] * 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranges
+
+
+def test_balanced_ranges_are_the_best_there_are():
+    chance = random.Random(0)
+    for _ in range(200):
+        times = [chance.choice([1.0, 2.0, 3.0, 5.5]) for _ in range(chance.randrange(1, 9))]
+        processes = chance.randrange(1, len(times) + 1)
+        ranges = balanced_ranges(times, processes)
+        check_ranges(ranges, len(times), processes)
+        best = min(
+            max(sum(times[a:b]) for a, b in itertools.pairwise([0, *cuts, len(times)]))
+            for cuts in itertools.combinations(range(1, len(times)), processes - 1)
+        )
+        assert max(sum(times[i] for i in held) for held in ranges) == pytest.approx(best)
+
+
+def test_more_processes_than_modules():
+    with pytest.raises(InputError, match="3 processes for 2 modules: take 2 at most"):
+        balanced_ranges([1.0, 1.0], 3)
