@@ -57,9 +57,7 @@ SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
 DIGITS_TRAIN = (142, 146, 142, 146, 145, 145, 145, 143, 139, 144)
 
 DATASETS = {
-    "cifar10": DatasetConfig(
-        10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (5000,) * 10
-    ),
+    "cifar10": DatasetConfig(10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (5000,) * 10),
     "cifar100": DatasetConfig(
         100, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (500,) * 100
     ),
