@@ -25,7 +25,7 @@ WAYS = [
     {"context_mode": "E"},
     {"context_mode": "R2"},
     {"context_mode": "R1E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
-    {"context_mode": "R2E", "amp": "bf16", "recompute": True},
+    {"context_mode": "R2E", "recompute": True},
 ]
 CLI = (
     "--layers", "14", "--local_module_num", "4", "--dataset", "cifar10", "--batch_size", "16",
@@ -106,6 +106,15 @@ def test_each_process_takes_what_was_planned(way):
     assert plan.devices[plan.peak_rank].peak_bytes == plan.peak_bytes
 
 
+def test_under_autocast_each_process_takes_nearly_what_was_planned():
+    """A plan of one process has fewer bytes of BatchNorm's statistics there, too."""
+    arguments = TINY | {"context_mode": "R2E", "amp": "bf16"}
+    ranges = [range(0, 1), range(1, 3), range(3, 4)]
+    (plan,) = plan_of(arguments, [3], ranges=ranges).plans
+    peaks = [p[-1] for p in real_peaks(arguments, ranges, steps=IN_FLIGHT + 1)]
+    assert [device.peak_bytes for device in plan.devices] == pytest.approx(peaks, rel=1e-3)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_one_process_is_the_ordinary_plan(way):
     plan = make_plan(TINY | way, BATCH)
@@ -162,8 +171,8 @@ def test_schedule_by_hand():
 
 
 def test_schedule_by_hand_where_the_link_is_slowest():
-    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 3) == [6, 18]
-    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 4) == [8, 23]
+    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 3) == [7, 18]
+    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 4) == [12, 23]
 
 
 def test_the_end_of_a_device_before_may_be_the_last():
@@ -194,7 +203,7 @@ def test_units():
 
 
 def test_seconds_by_hand():
-    """The net of test_flops_by_hand in test_planner.py, in batches of 4, 4 and 2."""
+    """The net of test_flops_by_hand in test_planner.py, without context, in batches of 4, 4, 2."""
     arguments = {
         "layers": 8, "local_module_num": 2, "image_size": 8, "context_mode": "R0",
         "aux_net_config": "0c1f", "cuts": [(1, 0)],
@@ -204,24 +213,25 @@ def test_seconds_by_hand():
     third = 2 * 4 * (9 * (32 * 64 + 64 * 64) + 32 * 64)
     ready = 4 * (stem + unit + 2 * 16 * 10) / 1e12
     first_step = ready + 4 * (stem + 2 * (unit + 2 * 16 * 10)) / 1e12
-    second_step = 4 * 3 * (second + third + 2 * 64 * 10) / 1e12
+    enters = 2 * 16 * (9 * 16 * 32 + 16 * 32)  # what needs no gradient of its input
+    second_step = 4 * (3 * (second + third + 2 * 64 * 10) - enters) / 1e12
     moved = 4 * 16 * 8 * 8 * 4
 
     (plan,) = plan_of(arguments, [2], Speeds(1, 100), batch_size=4, images=10).plans
-    assert first_step > second_step
-    last = 2.5 * first_step
-    epoch = max(2 * first_step + ready / 2 + moved / 2 / 100e9 + second_step / 2, last)
+    assert second_step > first_step
+    full = 2.5 * second_step
+    epoch = ready + moved / 100e9 + full
     assert plan.epoch_seconds == pytest.approx(epoch)
     assert plan.samples_per_second == pytest.approx(10 / epoch)
     assert plan.speedup == pytest.approx(2.5 * (first_step + second_step) / epoch)
-    assert plan.bubble_seconds == pytest.approx(epoch - last)
-    assert plan.bubble_percent == pytest.approx(100 * (epoch - last) / epoch)
-    assert plan.binding_gbs == pytest.approx(moved / first_step / 1e9)
+    assert plan.bubble_seconds == pytest.approx(epoch - full)
+    assert plan.bubble_percent == pytest.approx(100 * (epoch - full) / epoch)
+    assert plan.binding_gbs == pytest.approx(moved / second_step / 1e9)
     assert [d.step_seconds for d in plan.devices] == pytest.approx([first_step, second_step])
 
 
 def test_where_communication_binds():
-    """Seconds of a step in the middle of a long epoch: twice as many where half as much travels."""
+    """A step in the middle of an epoch takes twice as long where half as much travels a second."""
 
     def step(gbs):
         long, longer = (
@@ -232,7 +242,7 @@ def test_where_communication_binds():
 
     (plan,) = plan_of(TINY, [4], Speeds(2, 1)).plans
     slowest = max(device.step_seconds for device in plan.devices)
-    for gbs, expected in ((1.5, 1), (1.01, 1), (0.5, 2), (0.1, 10)):
+    for gbs, expected in ((1.01, 1), (0.5, 2)):
         assert step(gbs * plan.binding_gbs) == pytest.approx(expected * slowest)
     (faster,) = plan_of(TINY, [4], Speeds(6, 1)).plans
     assert faster.binding_gbs == pytest.approx(3 * plan.binding_gbs)
