@@ -199,11 +199,12 @@ def take(
 
     link = Link(device, incoming, lambda _: Done(), send if outgoing is not None else None)
     network.turn_to(held, link)
-    link.begin([samples] * (IN_FLIGHT + 2))  # the last step here is followed by another one
+    link.begin([samples] * (IN_FLIGHT + 2))  # another one follows the last step here
     with counter:
         step_peaks(network, images, targets)
-    for _ in range(IN_FLIGHT - 1):  # until as many batches are on their way
-        step_peaks(network, images, targets)
+    with torch.no_grad():
+        for _ in range(IN_FLIGHT - 1):  # until as many batches are on their way
+            network(images)
     peak, flops = max(step_peaks(network, images, targets)), counter.get_total_flops()
     return Taken(
         flops=flops,
