@@ -28,7 +28,7 @@ WAYS = [
     {"context_mode": "R2E", "recompute": True},
 ]
 CLI = (
-    "--layers", "14", "--local_module_num", "4", "--dataset", "cifar10", "--batch_size", "16",
+    "--layers", "8", "--local_module_num", "4", "--dataset", "cifar10", "--batch_size", "16",
     "--dry_run", "--parallel", "modules",
 )  # fmt: skip
 
@@ -228,6 +228,11 @@ def test_seconds_by_hand():
     assert plan.bubble_percent == pytest.approx(100 * (epoch - full) / epoch)
     assert plan.binding_gbs == pytest.approx(moved / second_step / 1e9)
     assert [d.step_seconds for d in plan.devices] == pytest.approx([first_step, second_step])
+
+    (plan,) = plan_of(arguments, [2], Speeds(1, 0.1), batch_size=4, images=10).plans
+    assert moved / 0.1e9 > second_step
+    assert plan.epoch_seconds == pytest.approx(ready + 2.5 * moved / 0.1e9 + second_step / 2)
+    assert plan.bubble_seconds == pytest.approx(ready + second_step / 2)
 
 
 def test_where_communication_binds():
