@@ -35,6 +35,7 @@ class DatasetConfig:
     `mean` and `std` are per channel, in pixels of 0..255. `pad` pixels are added on each side,
     by reflection or in black, before the random crop back to `image_size`. `classes` is None
     where the images on disk decide it. `batch_size` and `lr` are the published defaults.
+    `per_class` is the number of training images of each class; None as for `classes`.
     """
 
     classes: int | None
@@ -46,19 +47,25 @@ class DatasetConfig:
     flip: bool
     batch_size: int
     lr: float
+    per_class: tuple[int, ...] | None
 
 
 CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 HALF = (127.5, 127.5, 127.5)
 
+SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
+DIGITS_TRAIN = (142, 146, 142, 146, 145, 145, 145, 143, 139, 144)
+
 DATASETS = {
-    "cifar10": DatasetConfig(10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
-    "cifar100": DatasetConfig(100, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
-    "svhn": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 1024, 0.8),
-    "stl10": DatasetConfig(10, 96, HALF, HALF, 4, False, True, 128, 0.1),
+    "cifar10": DatasetConfig(10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (5000,) * 10),
+    "cifar100": DatasetConfig(
+        100, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (500,) * 100
+    ),
+    "svhn": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 1024, 0.8, SVHN_TRAIN),
+    "stl10": DatasetConfig(10, 96, HALF, HALF, 4, False, True, 128, 0.1, (500,) * 10),
     # Not in the paper. A mirrored digit is another sign, so digits are not flipped.
-    "digits": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 128, 0.1),
-    "folder": DatasetConfig(None, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8),
+    "digits": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 128, 0.1, DIGITS_TRAIN),
+    "folder": DatasetConfig(None, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, None),
 }
 
 SAME_TABLES = {"cifar100": "cifar10"}

@@ -230,6 +230,14 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
     return len(_list_images(Path(data_dir) / part))
 
 
+def count_images(name: str, data_dir: str | Path, limit_per_class: int | None = None) -> int:
+    """Training images that `load_dataset` gives, none of which is read; errors are its own."""
+    counts = DATASETS[name].per_class or [
+        len(paths) for paths in _list_images(Path(data_dir) / "train").values()
+    ]
+    return sum(min(count, limit_per_class or count) for count in counts)
+
+
 def _list_images(folder: Path) -> dict[str, list[Path]]:
     """Class -> its image files, both sorted by name, hidden ones left out; links are followed.
 

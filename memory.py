@@ -98,7 +98,7 @@ class AllocatedBytes:
 class PeakMemory:
     """The peak of a run's training steps, by the means that the device has.
 
-    On CUDA each step is watched, by the allocator's own counter. Elsewhere two steps of the largest
+    On CUDA each step is watched, by the allocator's own counter. Elsewhere some steps of the largest
     batch are, its first two by `LiveBytes`. Of compiled steps they are its second and third, by
     `AllocatedBytes`: compiling allocates too, so the first counts only until there is a second.
 
@@ -106,22 +106,28 @@ class PeakMemory:
         device: where the steps run.
         compiled: whether they do compiled.
         apart: bytes of the data set that are on the device, and are not to be counted.
+        steps: how many there are before they all take the same, uncompiled.
     Attributes:
         bytes: the peak so far.
         how: how it was got, in a few words.
     """
 
-    def __init__(self, device: torch.device, compiled: bool = False, apart: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, compiled: bool = False, apart: int = 0, steps: int = 2
+    ) -> None:
         self.device = device
         self.apart = apart
         self.bytes = 0
         self._largest_batch = self._steps = 0
-        self._meter, self._watched = LiveBytes, (1, 2)
-        self.how = "live tensor storage counted by memory.py in the first two full training steps"
+        self._meter, self._watched = LiveBytes, tuple(range(1, steps + 1))
+        count = {2: "two", 3: "three"}.get(steps, steps)
+        self.how = (
+            f"live tensor storage counted by memory.py in the first {count} full training steps"
+        )
         if device.type == "cuda":
             self.how = "torch.cuda.max_memory_allocated over all training steps"
         elif compiled:
-            self._meter, self._watched = AllocatedBytes, (1, 2, 3)
+            self._meter, self._watched = AllocatedBytes, tuple(range(1, steps + 2))
             self.how = "the CPU allocator's record of the first full training steps"
 
     def state(self) -> dict[str, int | str]:

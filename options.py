@@ -204,7 +204,8 @@ def build_parser() -> Parser:
     add = parallel.add_argument
     add("--parallel", choices=["modules", "data"],
         help="train in the processes that torchrun starts, by the same numbers as in one (modules: "
-        "each has some of the modules) or with each batch split among them (data)")
+        "each has some of the modules) or with each batch split among them (data; default: one "
+        "process)")
     add("--module_ranges", type=module_range, nargs="*", metavar="A-B",
         help="modules of each process, first to last, such as 0-7 8-15 (default: those with the "
         "smallest largest time of a step, which is measured)")

@@ -30,6 +30,7 @@ from console import Progress, say
 from dataloaders import Batches, ImageData, epoch_seed
 from engine import Totals, evaluate
 from interrupts import INTERRUPTS, Interrupted
+from memory import PeakMemory
 from models import ContSupNetwork
 from models.checkpoint import CannotSave, Checkpoint
 from pipeline import Pipeline
@@ -363,10 +364,12 @@ class Way(Protocol):
     Attributes:
         share: which part of each batch is this process's, of how many.
         stream: what sets apart what it draws from what others draw for the same module.
+        steps_to_fill: after so many a step takes as much memory as any.
     """
 
     share: tuple[int, int]
     stream: tuple[int, ...]
+    steps_to_fill: int
 
     def describe(self) -> dict[str, Any]:
         """For the run's files."""
@@ -409,6 +412,10 @@ class ParallelTraining(Training):
         super().__init__(*arguments)
         self.team, self.way = team, team.way
         self.stopped = 0
+        self.peak = PeakMemory(
+            self.device, compiled=self.options.compile, apart=self.data_bytes,
+            steps=team.way.steps_to_fill,
+        )  # fmt: skip
         self.peak.how += f", in that of {team.size} processes which took most"
         self._looks: deque[tuple[int, tuple[list[float], int]]] = deque()
 

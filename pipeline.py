@@ -246,7 +246,7 @@ class Pipeline:
         InputError: there are more processes than modules, or `--module_ranges` do not fit.
     """
 
-    share, stream = (0, 1), ()
+    share, stream, steps_to_fill = (0, 1), (), IN_FLIGHT + 1
 
     def __init__(self, team: "Team", options: argparse.Namespace, arguments: dict) -> None:
         self.ranges, self.times = self._ranges(team, options, arguments)

@@ -28,7 +28,14 @@ import torch
 from anomaly import Anomaly
 from configs import DATASETS, InputError, one_line
 from console import discard, headline, note, print_network, say, tolerant_output
-from dataloaders import Batches, ImageData, check_image_size, count_classes, load_dataset
+from dataloaders import (
+    Batches,
+    ImageData,
+    check_image_size,
+    count_classes,
+    count_images,
+    load_dataset,
+)
 from engine import evaluate
 from memory import GIB, readable
 from models import ContSupNetwork, build_network
@@ -122,21 +129,30 @@ def start(argv: list[str], team: "Team | None" = None) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Print what a training step would take, and keep it if that is asked for."""
-    if options.save_plan and not options.json:
+    if options.save_plan and not (options.json or options.parallel):
         folder = RunFolder(run_folder(options), options)
         if folder.is_planned():
             print(f"{folder.plan} is there already")
             return
     arguments, _ = network_arguments(options)
     made = make_plan(arguments, options.batch_size)
+    contents = made.as_json()
+    if options.parallel:
+        from parallel_plan import plan_processes, print_parallel_plan
+
+        parallel = plan_processes(options, made, arguments)
+        contents["parallel"] = parallel.as_json()
     if options.save_plan:
-        RunFolder(run_folder(options), options).add_plan(made.as_json())
+        RunFolder(run_folder(options), options).add_plan(contents)
     if options.json:
-        print(json.dumps(made.as_json()))
+        print(json.dumps(contents))
     else:
         precision = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.amp]
         print(f"{headline(options)}; a step of {options.batch_size} samples in {precision}")
-        print_plan(made)
+        if options.parallel:
+            print_parallel_plan(parallel)
+        else:
+            print_plan(made)
 
 
 def evaluate_in(

@@ -169,11 +169,18 @@ class ContSupNetwork(nn.Module):
 
         Of the others only names and shapes stay. Call it before the network is put on its device.
         """
-        self.ends = ends
-        self.held = [module for module in self.local_modules if module.index in held]
+        self.turn_to(held, ends)
         for module in self.local_modules:
             if module.index not in held:
                 module.to("meta")
+
+    def turn_to(self, held: range, ends: Ends) -> None:
+        """Run these modules alone, as `hold` says; the others stay as they are, for another turn.
+
+        Under FakeTensorMode, where no module can be moved, it takes the place of `hold`.
+        """
+        self.held = [module for module in self.local_modules if module.index in held]
+        self.ends = ends
 
     def eagerly(self) -> AbstractContextManager:
         """For a batch size that comes up rarely, and for evaluation: nothing is compiled here."""
