@@ -73,7 +73,7 @@ class Timed(NamedTuple):
 # In a process of its own
 
 
-def serve(argv: list[str], threads: int | None, pipe: Connection) -> None:
+def serve(argv: list[str], pipe: Connection, threads: int | None = None) -> None:
     """Send (device, batch size, peak bytes, loader samples/s), then seconds of a step for each
     message; or a sentence that says what is wrong. `threads` are PyTorch's own, if it is None."""
     if threads is not None:
@@ -239,7 +239,7 @@ def time_in_turn(rows: dict[str, list[str]], steps: int) -> list[Timed]:
     with ExitStack() as stack:
         pipes, starts = [], []
         for argv in rows.values():
-            pipes += stack.enter_context(started(context, [(serve, argv, None)]))
+            pipes += stack.enter_context(started(context, [(serve, argv)]))
             starts.append(receive(pipes[-1]))  # before the next begins: they'd slow each other
         seconds: list[list[float]] = [[] for _ in pipes]
         for _ in range(steps):
@@ -269,7 +269,7 @@ def time_together(
         })
         for rank in range(processes)
     ]  # fmt: skip
-    with started(context, [(serve, argv, 1)]) as (alone,):
+    with started(context, [(partial(serve, threads=1), argv)]) as (alone,):
         first = receive(alone)
         with started(context, team) as pipes:
             ranks = [receive(pipe) for pipe in pipes]

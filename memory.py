@@ -98,8 +98,8 @@ class AllocatedBytes:
 class PeakMemory:
     """The peak of a run's training steps, by the means that the device has.
 
-    On CUDA each step is watched, by the allocator's own counter. Elsewhere some steps of the largest
-    batch are, its first two by `LiveBytes`. Of compiled steps they are its second and third, by
+    On CUDA each step is watched, by the allocator's own counter. Elsewhere the first `steps` of the
+    largest batch are, by `LiveBytes`. Of compiled steps they are as many after its first, by
     `AllocatedBytes`: compiling allocates too, so the first counts only until there is a second.
 
     Args:

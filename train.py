@@ -33,7 +33,6 @@ from dataloaders import (
     ImageData,
     check_image_size,
     count_classes,
-    count_images,
     load_dataset,
 )
 from engine import evaluate
