@@ -149,7 +149,11 @@ class Team:
             return device
         if not (dist.is_nccl_available() and dist.is_gloo_available()):
             raise InputError("--parallel on CUDA needs NCCL and Gloo, which this PyTorch has not")
-        device = choose_device(f"cuda:{self.local_rank}")
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise InputError(f"each process has a GPU of its own, and there are {count} here: give "
+                             f"--nproc_per_node={count} at most, or --device cpu")  # fmt: skip
+        device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)
         return device
 
@@ -463,6 +467,11 @@ class ParallelTraining(Training):
             super().write(path, checkpoint)
 
     # How it goes on
+
+    def run(self) -> None:
+        """As always; what was the best epoch, all know."""
+        self.folder.history = self.team.share(self.folder.history)
+        super().run()
 
     def finish(self) -> None:
         """The summary, by rank 0."""
