@@ -118,17 +118,18 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(server, alone, name, a
     assert learned(server.folder / folder) == alone(name)
 
 
-@pytest.mark.parametrize("name", ["E", "R4"])
-def test_a_checkpoint_within_an_epoch(server, alone, name):
-    """One process leaves it; two go on from it, and save often."""
+@pytest.mark.parametrize(("name", "line", "epoch"), [("E", 3000, 0), ("R4", 3000, 0),
+                                                     ("E", 8500, 1)])  # fmt: skip
+def test_a_checkpoint_within_an_epoch(server, alone, name, line, epoch):
+    """One process leaves it; two go on from it, and save often. Both know the best epoch so far."""
+    folder = f"every_{name}_{epoch}"
     method = [*METHODS[name], "--resume", "auto", "--checkpoint_every", "3"]
-    killed = server.run(
-        *TINY, *method, "--output_dir", f"every_{name}", line=3000, files=["engine.py"]
-    )
+    killed = server.run(*TINY, *method, "--output_dir", folder, line=line, files=["engine.py"])
     assert killed.status == -9
-    state = read_checkpoint(server.folder / f"every_{name}" / "checkpoint.pt")
-    assert state.step in (3, 6)
-    together(server, 2, f"every_{name}", *method)
-    end = learned(server.folder / f"every_{name}")
+    state = read_checkpoint(server.folder / folder / "checkpoint.pt")
+    assert state.epoch == epoch and state.step in (3, 6)
+    together(server, 2, folder, *method)
+    end = learned(server.folder / folder)
     assert end["metrics"] == alone(name)["metrics"]
-    assert end["states"]["checkpoint.pt"][0] == alone(name)["states"]["checkpoint.pt"][0]
+    for kept in ("checkpoint.pt", "model_best.pt"):
+        assert end["states"][kept][0] == alone(name)["states"][kept][0]
