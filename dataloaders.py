@@ -393,9 +393,9 @@ class Batches:
         fewest, number = min(self.whole_sizes(), default=0), self.share[1]
         if 0 < fewest < number:
             raise InputError(
-                f"{len(self.split.targets)} samples in batches of {self.batch_size} leave a batch of "
-                f"{fewest} to {number} processes: choose a batch size that gives each of them a "
-                "sample in every batch, or run fewer processes"
+                f"{len(self.split.targets)} samples in batches of {self.batch_size} leave a batch "
+                f"of {fewest} to {number} processes: choose a batch size that gives each of them "
+                "a sample in every batch, or run fewer processes"
             )
 
     def sizes(self) -> list[int]:

@@ -115,7 +115,7 @@ class Replicas:
             if module.task.function is losses.supervised_contrastive:
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
             _replicate(module, self.batch)
-        # It would cut compiled steps where buckets of gradients are full, and can't cut --recompute.
+        # Else compiled steps are cut where a bucket is full, which --recompute does not allow.
         torch._dynamo.config.optimize_ddp = False
 
     def batches(
