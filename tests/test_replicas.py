@@ -55,9 +55,9 @@ def cases_of(number):
 
 
 def each(names):
-    """Parametrizes a test by group and those of its cases that are in `names`."""
+    """Parametrizes a test by the size of a group and those of its cases that are in `names`."""
     both = [(n, name) for n in NUMBERS for name in cases_of(n) if name in names]
-    return pytest.mark.parametrize("group, name", both, indirect=["group"], scope="module")
+    return pytest.mark.parametrize("number, name", both)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,10 +186,8 @@ def work(rank, number, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=NUMBERS)
-def group(request, tmp_path_factory):
-    """What each rank of a group came to: case -> [of rank 0, of rank 1, ...]."""
-    number, folder = request.param, tmp_path_factory.mktemp("group")
+def run_group(number, folder):
+    """What each rank of a group comes to: case -> [of rank 0, of rank 1, ...]."""
     processes = multiprocessing.spawn(work, (number, folder), nprocs=number, join=False)
     deadline = time.monotonic() + 240
     while not processes.join(timeout=1):
@@ -199,6 +197,12 @@ def group(request, tmp_path_factory):
             pytest.fail("the group did not end")
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(number)]
     return {name: [ends[name] for ends in ranks] for name in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """What both groups came to, by their size."""
+    return {number: run_group(number, tmp_path_factory.mktemp("group")) for number in NUMBERS}
 
 
 ALONE = {}
@@ -224,16 +228,16 @@ def assert_equal(actual, expected):
 
 
 @each(SYNCED)
-def test_with_sync_bn_it_is_the_training_of_one_process(group, name):
-    expected, ranks = alone(name), group[name]
+def test_with_sync_bn_it_is_the_training_of_one_process(groups, number, name):
+    expected, ranks = alone(name), groups[number][name]
     for end in ranks:
         for part in ("weights", "buffers", "momentum"):
             assert_same(end[part], expected[part])
 
 
 @each(CASES)
-def test_ranks_have_the_same_bits(group, name):
-    first, *others = group[name]
+def test_ranks_have_the_same_bits(groups, number, name):
+    first, *others = groups[number][name]
     for part in ("weights", "momentum", "shared buffers", *["buffers"] * (name in SYNCED)):
         for other in others:
             assert_equal(other[part], first[part])
@@ -241,8 +245,8 @@ def test_ranks_have_the_same_bits(group, name):
 
 
 @each(SYNCED)
-def test_sums_over_the_ranks_are_those_of_one_process(group, name):
-    expected, ranks = alone(name)["totals"], [end["totals"] for end in group[name]]
+def test_sums_over_the_ranks_are_those_of_one_process(groups, number, name):
+    expected, ranks = alone(name)["totals"], [end["totals"] for end in groups[number][name]]
     for part in ("losses", "wrong"):
         assert_same(sum(totals[part] for totals in ranks), expected[part])
     assert sum(totals["samples"] for totals in ranks) == expected["samples"] == 2 * SAMPLES
@@ -279,8 +283,8 @@ def step_by_parts(number):
 
 
 @each(OWN_STATISTICS)
-def test_without_sync_bn_statistics_are_of_a_part_and_gradients_of_the_batch(group, name):
-    ranks = group[name]
+def test_without_sync_bn_statistics_are_of_a_part_and_gradients_of_the_batch(groups, number, name):
+    ranks = groups[number][name]
     network = make_network(**CASES[name] | {"recompute": False})
     expected = train(network, make_batches().epoch, step_by_parts(len(ranks)))
     for end in ranks:
@@ -293,14 +297,15 @@ def test_without_sync_bn_statistics_are_of_a_part_and_gradients_of_the_batch(gro
 
 
 @each(OWN_STATISTICS)
-def test_without_sync_bn_it_is_other_training(group, name):
-    expected, weights = alone(name)["weights"], group[name][0]["weights"]
+def test_without_sync_bn_it_is_other_training(groups, number, name):
+    expected, weights = alone(name)["weights"], groups[number][name][0]["weights"]
     distances = [(weights[n] - w).abs().max() for n, w in expected.items()]
     assert max(distances) > 1e-3
 
 
-def test_all_ranks_leave_out_a_step_that_overflowed_on_one(group):
-    first, *others = group["overflow"]
+@pytest.mark.parametrize("number", NUMBERS)
+def test_all_ranks_leave_out_a_step_that_overflowed_on_one(groups, number):
+    first, *others = groups[number]["overflow"]
     for end in others:
         assert_equal(end, first)
     (before, scales), (after, halved), (later, _) = first
@@ -309,17 +314,19 @@ def test_all_ranks_leave_out_a_step_that_overflowed_on_one(group):
     assert any(not torch.equal(a, b) for a, b in zip(after, later, strict=True))
 
 
-def test_in_bfloat16_statistics_are_float32_and_near_those_of_one_process(group):
-    for expected, actual in group["bf16"]:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_in_bfloat16_statistics_are_float32_and_near_those_of_one_process(groups, number):
+    for expected, actual in groups[number]["bf16"]:
         assert all(v.dtype in (torch.float32, torch.int64) for v in actual.values())
         torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
-    first, *others = (end for _, end in group["bf16"])
+    first, *others = (end for _, end in groups[number]["bf16"])
     for other in others:
         assert_equal(other, first)
 
 
-def test_what_does_not_go_is_said(group):
-    for compiled, foreign in group["refusals"]:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_does_not_go_is_said(groups, number):
+    for compiled, foreign in groups[number]["refusals"]:
         assert compiled == "--sync_bn and --compile exclude each other: leave one of them out"
         assert "Replicas.batches" in foreign
 
