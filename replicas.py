@@ -115,8 +115,9 @@ class Replicas:
             if module.task.function is losses.supervised_contrastive:
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
             _replicate(module, self.batch)
-        # Else compiled steps are cut where a bucket is full, which --recompute does not allow.
-        torch._dynamo.config.optimize_ddp = False
+        if network.compiled:
+            # Else a step is cut where a bucket is full, which the code of --recompute can't be.
+            torch._dynamo.config.optimize_ddp = False
 
     def batches(
         self, batches: Batches, epoch: int, skip: int = 0
@@ -126,10 +127,13 @@ class Replicas:
         Args:
             batches: with this rank's share.
         """
-        sizes = batches.whole_sizes()[skip:]
-        for size, batch in zip(sizes, batches.epoch(epoch, skip), strict=True):
+
+        def begun(size: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self.batch.sizes = share_sizes(size, self.batch.number)
-            yield batch
+            return batch
+
+        sizes = batches.whole_sizes()[skip:]
+        return map(begun, sizes, batches.epoch(epoch, skip))  # map keeps no batch alive
 
     def share_buffers(self) -> None:
         """Give all ranks the running statistics of rank 0; they are its own without sync_bn.
