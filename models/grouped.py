@@ -113,10 +113,10 @@ def encode_in_groups(
     device, dtype = source.device.type, source.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    count = _count(source, layers[0][1])
-    if count < 2 and any(bn.training for _, bn in layers):
-        raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     norms = [bn for _, bn in layers]
+    for bn in norms:
+        if bn.training and (count := _count(source, bn)) < 2:
+            raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     tensors = []
     for conv, bn in layers:
         running = bn.running_mean.clone(), bn.running_var.clone()  # a backward may come after

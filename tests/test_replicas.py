@@ -101,6 +101,13 @@ def copied_buffers(network):
     return {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 
+@torch.no_grad()
+def logits(network):
+    """Of one batch, evaluated whole."""
+    images, _ = next(make_batches().epoch(3))
+    return network.eval()(images.double())
+
+
 def train_replicas(name, rank, number):
     """What a rank comes to in a case. It starts from other weights: it gets those of rank 0."""
     network = make_network(seed=rank, **CASES[name])
@@ -109,10 +116,11 @@ def train_replicas(name, rank, number):
         network.compile_steps("aot_eager")
     replicas = Replicas(network, sync_bn=name in SYNCED)
     batches = make_batches(share=(rank, number))
+    logits(network)  # an evaluation may come before the first step
     end = train(network, lambda epoch: replicas.batches(batches, epoch))
     assert list(network.state_dict()) == names
     replicas.share_buffers()
-    return end | {"shared buffers": copied_buffers(network)}
+    return end | {"shared buffers": copied_buffers(network), "logits": logits(network)}
 
 
 def train_with_an_overflow(rank, number):
@@ -210,7 +218,8 @@ ALONE = {}
 def alone(name):
     """What one process comes to with the whole batches."""
     if name not in ALONE:
-        ALONE[name] = train(make_network(**CASES[name]), make_batches().epoch)
+        network = make_network(**CASES[name])
+        ALONE[name] = train(network, make_batches().epoch) | {"logits": logits(network)}
     return ALONE[name]
 
 
@@ -230,14 +239,20 @@ def assert_equal(actual, expected):
 def test_with_sync_bn_it_is_the_training_of_one_process(groups, number, name):
     expected, ranks = alone(name), groups[number][name]
     for end in ranks:
-        for part in ("weights", "buffers", "momentum"):
+        for part in ("weights", "buffers", "momentum", "logits"):
             assert_same(end[part], expected[part])
 
 
 @each(CASES)
 def test_ranks_have_the_same_bits(groups, number, name):
     first, *others = groups[number][name]
-    for part in ("weights", "momentum", "shared buffers", *["buffers"] * (name in SYNCED)):
+    for part in (
+        "weights",
+        "momentum",
+        "shared buffers",
+        "logits",
+        *["buffers"] * (name in SYNCED),
+    ):
         for other in others:
             assert_equal(other[part], first[part])
     assert_equal(first["shared buffers"], first["buffers"])
