@@ -73,7 +73,7 @@ class SharedBatch:
         """This rank's samples (n, ...) -> those of all ranks (N, ...), with a gradient.
 
         As a sum, each rank adding zeros for the others: parts of any sizes can be put together
-        that way, and the gradient is one sum, too.
+        that way, and the gradient is one sum, too. Compiled code can do it as well.
         """
         before = sum(self.sizes[: self.rank])
         after = sum(self.sizes) - before - len(part)
