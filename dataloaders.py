@@ -363,6 +363,9 @@ class Batches:
         shuffle: another order each epoch.
         channels_last: give images in `torch.channels_last` memory format, with the same values.
         on_device: move the split to `device` now, instead of batch by batch.
+        share: (rank, number): give this rank's part of each batch alone, of as many parts.
+    Raises:
+        InputError: a batch has fewer samples than there are parts.
     Attributes:
         device_bytes: what the split takes on `device` because of `on_device`, else 0.
     """
@@ -379,27 +382,45 @@ class Batches:
         shuffle: bool = False,
         channels_last: bool = False,
         on_device: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.split = Split(*(x.to(device) for x in split)) if on_device else split
+        self.share = share
         self.data, self.batch_size, self.device = data, batch_size, device
         self.seed, self.augment, self.shuffle = seed, augment, shuffle
         self.device_bytes = sum(x.nbytes for x in self.split) if on_device else 0
         self.channels_last = channels_last
         self.mean, self.std = (self._as_image(x) for x in (data.mean, data.std))
         self._copies = CudaCopies(device) if device.type == "cuda" and not on_device else None
+        self._check_shares()
 
     def __len__(self) -> int:
         return -(-len(self.split.targets) // self.batch_size)
 
+    def _check_shares(self) -> None:
+        fewest, number = min(self.whole_sizes(), default=0), self.share[1]
+        if 0 < fewest < number:
+            raise InputError(
+                f"{len(self.split.targets)} samples in batches of {self.batch_size} leave a batch "
+                f"of {fewest} to {number} processes: choose a batch size that gives each of them "
+                "a sample in every batch, or run fewer processes"
+            )
+
     def sizes(self) -> list[int]:
-        """Samples of each batch of an epoch."""
+        """Samples of each batch of an epoch, this rank's alone."""
+        rank, number = self.share
+        return [share_sizes(size, number)[rank] for size in self.whole_sizes()]
+
+    def whole_sizes(self) -> list[int]:
+        """Samples of each batch of an epoch, of all ranks together."""
         whole, rest = divmod(len(self.split.targets), self.batch_size)
         return [self.batch_size] * whole + [rest] * bool(rest)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (N, 3, S, S) float32 and targets (N,) int64, without the first `skip`.
 
-        What is random depends on (seed, epoch) alone, not on the device or the batch size.
+        What is random depends on (seed, epoch) alone, not on the device, the batch size or the
+        share: a rank draws for all samples, and makes its own.
         """
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, stream=0))
         count, pad = len(self.split.targets), self.data.pad
@@ -409,12 +430,17 @@ class Batches:
         start = skip * self.batch_size
         if start >= count:
             return iter(())
-        drawn = (x[start:].split(self.batch_size) for x in (corners, flips))
+        drawn = (self._shares(x[start:]) for x in (corners, flips))
         return map(self._finished, self._samples(order[start:]), *drawn)  # map keeps no batch alive
+
+    def _shares(self, drawn: Tensor) -> list[Tensor]:
+        """What is drawn for samples (count, ...), of all ranks -> this rank's, batch by batch."""
+        rank, number = self.share
+        return [batch.tensor_split(number)[rank] for batch in drawn.split(self.batch_size)]
 
     def _samples(self, order: Tensor) -> Iterator[Sequence[Tensor]]:
         """Batches of bytes (N, 3, S, S) and targets (N,) on the device, in this order (count,)."""
-        parts = order.to(self.split.images.device).split(self.batch_size)
+        parts = self._shares(order.to(self.split.images.device))
         if self._copies is not None:
             return self._copies.of_rows(self.split, parts)
         return ([x.index_select(0, part) for x in self.split] for part in parts)
@@ -455,6 +481,11 @@ class Batches:
         """(1, 3, S, S), laid out as images are: so arithmetic with them has the longest loops."""
         pixel = torch.tensor(channels, device=self.device).view(1, 3, 1, 1)
         return self._laid_out(pixel.expand(1, *self.split.images.shape[1:]))
+
+
+def share_sizes(size: int, number: int) -> list[int]:
+    """Of how many samples the parts are that torch.tensor_split makes of a batch."""
+    return [(size + number - 1 - rank) // number for rank in range(number)]
 
 
 class CudaCopies:

@@ -11,7 +11,11 @@ TEMPERATURE = 0.07
 
 
 def supervised_contrastive(
-    embeddings: Tensor, targets: Tensor, temperature: float = TEMPERATURE
+    embeddings: Tensor,
+    targets: Tensor,
+    temperature: float = TEMPERATURE,
+    among: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Supervised contrastive loss of a batch, one view a sample (`--local_loss_mode contrast`).
 
@@ -23,15 +27,20 @@ def supervised_contrastive(
         embeddings: (N, D) outputs of an auxiliary head, not normalised.
         targets: (N,) class indices.
         temperature: T.
+        among: (M, D) and (M,) of a larger batch to compare with; these N come in it, one after the
+            other, from place `first` on. Without it they are the batch.
     Returns:
         0-d mean over all N anchors.
     """
     z = F.normalize(embeddings, dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    of_all, targets_of_all = (
+        (z, targets) if among is None else (F.normalize(among[0], dim=1), among[1])
+    )
+    itself = torch.eye(len(of_all), dtype=torch.bool, device=z.device)[first : first + len(z)]
     # The lowest finite number, not -inf: a batch of one would turn -inf - -inf into NaN.
-    similarity = (z @ z.T / temperature).masked_fill(itself, torch.finfo(z.dtype).min)
+    similarity = (z @ of_all.T / temperature).masked_fill(itself, torch.finfo(z.dtype).min)
     log_p = similarity.log_softmax(dim=1)
-    positive = (targets[:, None] == targets[None, :]) & ~itself
+    positive = (targets[:, None] == targets_of_all[None, :]) & ~itself
     log_p_positive = log_p.masked_fill(~positive, 0).sum(dim=1)
     return -(log_p_positive / positive.sum(dim=1).clamp(min=1)).mean()
 

@@ -19,13 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.norm_relu import best_for
+from models.norm_relu import Kernels, OfRanks, Rows, best_for, move_running
 
 aten = torch.ops.aten
 
 
 class Layer(NamedTuple):
-    """Conv-BN-ReLU with C channels out: the weight (C, C_in, k, k), other tensors (C,)."""
+    """Conv-BN-ReLU with C channels out: the weight (C, C_in, k, k), other tensors (C,).
+
+    `ranks` take the statistics of the batch together, where they share it.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -35,24 +38,29 @@ class Layer(NamedTuple):
     var: Tensor
     of_batch: bool
     eps: float
+    ranks: OfRanks | None = None
 
     def first_run(self, x: Tensor) -> tuple["Layer", Tensor]:
         """The layer, of the batch with the statistics that it takes now, and its output."""
         conv = _convolve(x, self.weight, self.bias)
         layer = self
         if self.of_batch:
-            mean, var = best_for(conv.device).statistics(conv)
+            mean, var = self.way(conv).statistics(conv)
             layer = self._replace(mean=mean, var=var)
         return layer, layer.normalise(conv)[1]
 
     def only(self, channels: slice) -> "Layer":
         """The layer that makes some of the channels."""
-        *tensors, of_batch, eps = self
-        return Layer(*(tensor[channels] for tensor in tensors), of_batch, eps)
+        *tensors, of_batch, eps, ranks = self
+        return Layer(*(tensor[channels] for tensor in tensors), of_batch, eps, ranks)
+
+    def way(self, x: Tensor) -> type[Kernels] | type[Rows] | OfRanks:
+        """What computes BatchNorm and ReLU of maps like x."""
+        return self.ranks or best_for(x.device)
 
     def normalise(self, conv: Tensor) -> tuple[Tensor, Tensor]:
         """BN and ReLU by the layer's own statistics: what the backward keeps, and the output."""
-        forward = best_for(conv.device).forward
+        forward = self.way(conv).forward
         return forward(conv, self.mean, self.var, self.gamma, self.beta, self.eps)
 
     def maps(self, x: Tensor) -> list[Tensor]:
@@ -70,7 +78,7 @@ class Layer(NamedTuple):
         maps.clear()
         of_norm = aten.threshold_backward.grad_input(grad.pop(), out, 0, grad_input=out)
         del out
-        of_conv, gamma, beta = best_for(x.device).backward(
+        of_conv, gamma, beta = self.way(x).backward(
             of_norm, kept, self.mean, self.var, self.gamma, self.eps, self.of_batch
         )
         del of_norm, kept
@@ -105,10 +113,10 @@ def encode_in_groups(
     device, dtype = source.device.type, source.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    count = source.numel() // source.shape[1]
-    if count < 2 and any(bn.training for _, bn in layers):
-        raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     norms = [bn for _, bn in layers]
+    for bn in norms:
+        if bn.training and (count := _count(source, bn)) < 2:
+            raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
     tensors = []
     for conv, bn in layers:
         running = bn.running_mean.clone(), bn.running_var.clone()  # a backward may come after
@@ -187,13 +195,13 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, source, size, group, dtype, functions, norms, *tensors):
-        layers = _layers(tensors, [(bn.training, bn.eps) for bn in norms])
+        layers = _layers(tensors, [(bn.training, bn.eps, _ranks(bn)) for bn in norms])
         context, layers = functions.forward(source, size, group, dtype, layers)
         for bn, layer in zip(norms, layers, strict=True):
             if layer.of_batch:
-                _move_running(bn, layer, source.numel() // source.shape[1])
+                move_running(bn, layer.mean, layer.var, _count(source, bn))
         ctx.group, ctx.dtype, ctx.functions = group, dtype, functions
-        ctx.norms = [(layer.of_batch, layer.eps) for layer in layers]
+        ctx.norms = [layer[6:] for layer in layers]
         ctx.save_for_backward(source, *(tensor for layer in layers for tensor in layer[:6]))
         return context
 
@@ -209,17 +217,22 @@ class _Encode(torch.autograd.Function):
         return of_source, None, None, None, None, None, *of_tensors
 
 
-def _layers(tensors: Sequence[Tensor], norms: Sequence[tuple[bool, float]]) -> list[Layer]:
-    """Layers from six tensors each, and (of_batch, eps) of their BatchNorms."""
+def _layers(
+    tensors: Sequence[Tensor], norms: Sequence[tuple[bool, float, OfRanks | None]]
+) -> list[Layer]:
+    """Layers from six tensors each, and (of_batch, eps, ranks) of their BatchNorms."""
     return [Layer(*tensors[6 * i : 6 * i + 6], *norm) for i, norm in enumerate(norms)]
 
 
-def _move_running(bn: nn.BatchNorm2d, layer: Layer, count: int) -> None:
-    """The running statistics of a BatchNorm that saw `count` values a channel."""
-    unbiased = layer.var * (count / (count - 1))
-    bn.num_batches_tracked.add_(1)
-    bn.running_mean.lerp_(layer.mean.to(bn.running_mean.dtype), bn.momentum)
-    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+def _ranks(bn: nn.BatchNorm2d) -> OfRanks | None:
+    """Those that take its statistics together, as `replicas.SyncedBatchNorm2d` has them."""
+    return getattr(bn, "ranks", None)
+
+
+def _count(source: Tensor, bn: nn.BatchNorm2d) -> int:
+    """Values a channel in the batch that a BatchNorm takes its statistics of."""
+    own, ranks = source.numel() // source.shape[1], _ranks(bn)
+    return own if ranks is None else ranks.shared.count(own)
 
 
 def _backward_in_groups(

@@ -5,13 +5,31 @@ a vector: forward and backward of an encoder's 12 channels take several times th
 looks at channels-last maps as rows of whole image lines instead, in which any number of channels
 fills the vectors, and computes in plain operations. Compiled code takes `Kernels` everywhere, which
 the compiler writes out itself: rows beside maps would give it indices that it can't simplify.
+
+Where processes share a batch and take its statistics together, `OfRanks` has either of the two
+compute on a process's own part of it.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 aten = torch.ops.aten
+
+
+class SharedBatch(Protocol):
+    """A batch of which each process has a part."""
+
+    def count(self, own: int) -> int:
+        """Values a channel in the whole batch, where a part has `own`."""
+
+    def combined(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (C,) of a part -> those of the whole batch."""
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Sums over a part -> over the whole batch."""
 
 
 class Kernels:
@@ -33,17 +51,28 @@ class Kernels:
     @staticmethod
     def backward(
         grad: Tensor, kept: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, eps: float,
-        of_batch: bool,
+        of_batch: bool, shared: SharedBatch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients of conv, gamma and beta.
+        """Gradients of conv, gamma and beta; of the latter two what this part adds to them.
 
         Args:
             grad: of BatchNorm's output, zero where ReLU was; may be overwritten, as `kept` may.
             of_batch: whether the statistics were taken of this conv, and have a gradient too.
+            shared: of which this conv is a part, where the statistics were taken of all of it.
         """
-        return aten.native_batch_norm_backward(
-            grad, kept, gamma, mean, var, mean, (var + eps).rsqrt(), of_batch, eps, [True] * 3
+        invstd = (var + eps).rsqrt()
+        apart = of_batch and shared is not None
+        of_conv, of_gamma, of_beta = aten.native_batch_norm_backward(
+            grad, kept, gamma, mean, var, mean, invstd, of_batch, eps, [not apart, True, True]
         )
+        if apart:
+            count = shared.count(kept.numel() // kept.shape[1])
+            sums = shared.summed(torch.stack([of_gamma, of_beta]))
+            towards_gamma, towards_beta = gamma * invstd * sums / count
+            of_conv = wide(kept) - _as_map(mean)
+            of_conv.mul_(_as_map(-invstd * towards_gamma)).sub_(_as_map(towards_beta))
+            of_conv = of_conv.addcmul_(grad, _as_map(gamma * invstd)).to(grad.dtype)
+        return of_conv, of_gamma, of_beta
 
 
 class Rows:
@@ -71,7 +100,7 @@ class Rows:
     @staticmethod
     def backward(
         grad: Tensor, kept: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, eps: float,
-        of_batch: bool,
+        of_batch: bool, shared: SharedBatch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """With d = conv - mean of M values a channel and s = 1/sqrt(var + eps): gamma has
         sum(grad d) s, conv has gamma s (grad - sum(grad)/M - d s^2 sum(grad d)/M)."""
@@ -82,12 +111,52 @@ class Rows:
         invstd = (var + eps).rsqrt()
         scale = gamma * invstd
         if of_batch:
-            centred.mul_(_repeat(-scale * invstd.square() * of_scale / count, kept))
-            centred.sub_(_repeat(scale * of_beta / count, kept))
+            sums = of_scale, of_beta
+            if shared is not None:
+                count, sums = shared.count(count), shared.summed(torch.stack(sums))
+            centred.mul_(_repeat(-scale * invstd.square() * sums[0] / count, kept))
+            centred.sub_(_repeat(scale * sums[1] / count, kept))
             centred.addcmul_(rows, _repeat(scale, kept))
         else:
             centred = rows.mul_(_repeat(scale, kept))
         return _like(kept, centred).to(grad.dtype), of_scale * invstd, of_beta
+
+
+class OfRanks:
+    """What is fast there on this process's part of a batch, by statistics of the whole batch.
+
+    The same three functions. In training all processes call them, in the same order.
+    """
+
+    def __init__(self, shared: SharedBatch) -> None:
+        self.shared = shared
+
+    def statistics(self, conv: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, each (C,), of the whole batch."""
+        return self.shared.combined(*best_for(conv.device).statistics(conv))
+
+    def forward(
+        self, conv: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As those of `Rows` or `Kernels`."""
+        return best_for(conv.device).forward(conv, mean, var, gamma, beta, eps)
+
+    def backward(
+        self, grad: Tensor, kept: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, eps: float,
+        of_batch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of conv, from all processes' losses, and of gamma and beta, from its own."""
+        way = best_for(grad.device)
+        return way.backward(grad, kept, mean, var, gamma, eps, of_batch, self.shared)
+
+
+def move_running(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics of a BatchNorm to these (C,), of `count` values a channel."""
+    unbiased = var * (count / (count - 1))
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
 
 
 def best_for(device: torch.device) -> type[Kernels] | type[Rows]:
@@ -98,6 +167,11 @@ def best_for(device: torch.device) -> type[Kernels] | type[Rows]:
 def wide(x: Tensor) -> Tensor:
     """x, or a float32 copy of float16 or bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _as_map(values: Tensor) -> Tensor:
+    """A value a channel (C,) -> (C, 1, 1)."""
+    return values[:, None, None]
 
 
 def _channels_last(x: Tensor) -> Tensor:

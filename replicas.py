@@ -1,0 +1,242 @@
+"""`--parallel data`: each local module is replicated over the ranks, which share each batch.
+
+The ranks are those of torch.distributed's default group. Each has the whole network and a part of
+every batch, and torch's DistributedDataParallel takes the mean of a module's gradients over the
+ranks in that module's backward; so all ranks take the same steps. With `sync_bn` BatchNorm takes
+the statistics of the whole batch, and then it is the training of one process, but for the order of
+sums.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import _functional_collectives as collectives
+from torch.nn.parallel import DistributedDataParallel
+
+import losses
+from configs import InputError
+from dataloaders import Batches, share_sizes
+from models import ContSupNetwork, LocalModule
+from models.norm_relu import Kernels, OfRanks, move_running
+
+
+class SharedBatch:
+    """The batch of the step under way, of which each rank has a part.
+
+    Attributes:
+        rank, number: this rank and how many there are.
+        sizes: samples of each rank's part; known on the host, so that nobody waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.number = dist.get_rank(), dist.get_world_size()
+        self.sizes = [0] * self.number
+
+    def check(self, own: int) -> None:
+        """ValueError unless the part of this rank has `own` samples."""
+        if own != self.sizes[self.rank]:
+            raise ValueError(
+                f"a part of {own} samples, not {self.sizes[self.rank]}: train on what "
+                "Replicas.batches gives"
+            )
+
+    def weight(self) -> float:
+        """Of this rank's mean loss, so that the mean over ranks is the mean over the batch."""
+        return self.sizes[self.rank] * self.number / sum(self.sizes)
+
+    def count(self, own: int) -> int:
+        """Values in the whole batch, where this rank's part has `own`."""
+        return own * sum(self.sizes) // self.sizes[self.rank]
+
+    def combined(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (C,) of this rank's part -> those of the whole batch.
+
+        All ranks add up the same numbers in the same order, so that they come to the same bits.
+        """
+        share = self.sizes[self.rank] / sum(self.sizes)
+        own = torch.cat([mean, var, mean.new_full((1,), share)])
+        parts = [torch.empty_like(own) for _ in range(self.number)]
+        dist.all_gather(parts, own)
+        means, variances, shares = torch.stack(parts).split([len(mean), len(var), 1], dim=1)
+        mean = (shares * means).sum(0)
+        return mean, (shares * (variances + (means - mean).square())).sum(0)
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """The sum over the ranks, in place; without a gradient."""
+        dist.all_reduce(sums)
+        return sums
+
+    def whole(self, part: Tensor) -> Tensor:
+        """This rank's samples (n, ...) -> those of all ranks (N, ...), with a gradient.
+
+        As a sum, each rank adding zeros for the others: parts of any sizes can be put together
+        that way, and the gradient is one sum, too. Compiled code can do it as well.
+        """
+        before = sum(self.sizes[: self.rank])
+        after = sum(self.sizes) - before - len(part)
+        before, after = (part.new_zeros(n, *part.shape[1:]) for n in (before, after))
+        return collectives.all_reduce(torch.cat([before, part, after]), "sum", dist.group.WORLD)
+
+    def supervised_contrastive(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+        """Mean over this rank's anchors, each compared with the whole batch."""
+        among = self.whole(embeddings), self.whole(targets)
+        first = sum(self.sizes[: self.rank])
+        return losses.supervised_contrastive(embeddings, targets, among=among, first=first)
+
+
+class Replicas:
+    """Replicates the modules that a network holds, each in a DistributedDataParallel of its own.
+
+    Make it on all ranks, in an initialised default group, when the network is on its device, and
+    before its optimizers; weights and statistics become those of rank 0. Names in the network's
+    state_dict stay. Then train on what `batches` gives.
+
+    Gradients are averaged before a GradScaler looks at them. So with float16 all ranks leave out
+    the same steps, and their scales stay the same.
+
+    Args:
+        network: compiled or not.
+        sync_bn: BatchNorm takes the statistics of the whole batch in training, not of a rank's
+            part of it.
+    Raises:
+        InputError: sync_bn in a compiled network.
+    """
+
+    def __init__(self, network: ContSupNetwork, *, sync_bn: bool) -> None:
+        if sync_bn and network.compiled:
+            raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
+        self.network, self.batch = network, SharedBatch()
+        for module in network.held:
+            if sync_bn:
+                _synchronise(module, OfRanks(self.batch))
+            if module.task.function is losses.supervised_contrastive:
+                module.task = module.task._replace(function=self.batch.supervised_contrastive)
+            _replicate(module, self.batch)
+        if network.compiled:
+            # Else a step is cut where a bucket is full, which the code of --recompute can't be.
+            torch._dynamo.config.optimize_ddp = False
+
+    def batches(
+        self, batches: Batches, epoch: int, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batches.epoch(epoch, skip)`, each to be trained on before the next is asked for.
+
+        Args:
+            batches: with this rank's share.
+        """
+
+        def begun(size: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            self.batch.sizes = share_sizes(size, self.batch.number)
+            return batch
+
+        sizes = batches.whole_sizes()[skip:]
+        return map(begun, sizes, batches.epoch(epoch, skip))  # map keeps no batch alive
+
+    def share_buffers(self) -> None:
+        """Give all ranks the running statistics of rank 0; they are its own without sync_bn.
+
+        For an evaluation on all ranks, and for a checkpoint. All ranks call it.
+        """
+        for module in self.network.held:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+class _Step(nn.Module):
+    """The training step of a local module, as a module whose parameters are that one's.
+
+    Those of its context encoders are among them: they run before the step, but have their
+    gradients in the same backward.
+    """
+
+    def __init__(self, module: LocalModule, batch: SharedBatch) -> None:
+        super().__init__()
+        self.local_module, self.batch = module, batch
+        self.run = module.forward_and_losses
+
+    def forward(
+        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """As `LocalModule.forward_and_losses`; what goes backward from the losses is weighed.
+
+        The losses themselves stay means over the rank's part. The weight has to come first: in
+        the backward of sync_bn, and of the contrastive loss, what the ranks have is summed.
+        """
+        self.batch.check(len(targets))
+        h_out, output, *parts = self.run(h_in, targets, pixels)
+        weight = self.batch.weight()
+        for part in parts:
+            if part is not None and weight != 1:
+                part.register_hook(lambda grad: grad * weight)
+        return h_out, output, *parts
+
+
+def _replicate(module: LocalModule, batch: SharedBatch) -> None:
+    """Have a module's training step average its gradients over the ranks.
+
+    The optimizers let go of gradients between steps, but DistributedDataParallel keeps a buffer
+    for them. As views into it they need no memory besides.
+    """
+    replicated = DistributedDataParallel(
+        _Step(module, batch), forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
+    module.forward_and_losses = replicated.__call__  # a method, which is no part of the module
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Takes the place of a BatchNorm2d, with its tensors, and in training the whole batch's
+    statistics.
+
+    torch.nn.SyncBatchNorm runs on CUDA alone, and has no part in encoders that run in groups.
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d, ranks: OfRanks) -> None:
+        super().__init__(bn.num_features, bn.eps, bn.momentum, device="meta")
+        self.weight, self.bias = bn.weight, bn.bias
+        self.running_mean, self.running_var = bn.running_mean, bn.running_var
+        self.num_batches_tracked = bn.num_batches_tracked
+        self.train(bn.training)
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        if not self.training:
+            return super().forward(x)
+        count = self.ranks.shared.count(x.numel() // x.shape[1])
+        if count < 2:
+            raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
+        out, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps, self.ranks)
+        move_running(self, mean, var, count)
+        return out
+
+
+class _Normalise(torch.autograd.Function):
+    """BatchNorm by statistics of the whole batch, which it gives out, too."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, eps, ranks):
+        mean, var = ranks.statistics(x)
+        ctx.save_for_backward(x, mean, var, gamma)
+        ctx.eps, ctx.ranks = eps, ranks
+        ctx.mark_non_differentiable(mean, var)
+        out = nn.functional.batch_norm(x, mean, var, gamma, beta, eps=eps)
+        return out, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *of_statistics):
+        x, mean, var, gamma = ctx.saved_tensors
+        gradients = Kernels.backward(grad, x, mean, var, gamma, ctx.eps, True, ctx.ranks.shared)
+        return *gradients, None, None
+
+
+def _synchronise(module: nn.Module, ranks: OfRanks) -> None:
+    """Put a SyncedBatchNorm2d in the place of each BatchNorm2d inside."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, SyncedBatchNorm2d(child, ranks))
+        else:
+            _synchronise(child, ranks)
