@@ -186,7 +186,7 @@ class Team:
         else:
             from replicas import Replicas
 
-            self.way = Replicas(self, options)
+            self.way = Replicas(sync_bn=options.sync_bn)
 
     def describe(self) -> dict[str, Any]:
         """For the run's files."""
@@ -202,7 +202,7 @@ class Team:
 
     def evaluate(self, network: ContSupNetwork, batches: Batches) -> Totals:
         """`engine.evaluate` of all modules and samples."""
-        self.way.begin(batches.sizes())
+        self.way.begin(batches.whole_sizes())
         totals = evaluate(network, batches.epoch(0), self.device)
         self.way.end()
         return self.whole(network, totals)
@@ -385,7 +385,10 @@ class Way(Protocol):
         """After that."""
 
     def begin(self, sizes: Sequence[int]) -> None:
-        """Batches of these sizes come next."""
+        """Batches of these sizes come next, of all processes together where they share them."""
+
+    def next(self) -> None:
+        """The next of them is here."""
 
     def last(self) -> None:
         """No batch follows the one that comes now."""
@@ -483,9 +486,10 @@ class ParallelTraining(Training):
         self, batches: Batches, epoch: int, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of an epoch; after a signal, one more."""
-        self.way.begin(batches.sizes()[skip:])
+        self.way.begin(batches.whole_sizes()[skip:])
         self._began = time.perf_counter()
         for batch in batches.epoch(epoch, skip):
+            self.way.next()
             self.stopped = self.team.signal()
             if self.stopped:
                 self.way.last()

@@ -302,6 +302,9 @@ class Pipeline:
         """Batches of these sizes come next."""
         self.link.begin(sizes)
 
+    def next(self) -> None:
+        """The next of them is here: its features come by the link."""
+
     def last(self) -> None:
         """No batch follows the one that comes now."""
         self.link.end()

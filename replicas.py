@@ -7,7 +7,10 @@ the statistics of the whole batch, and then it is the training of one process, b
 sums.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Mapping, Sequence
+from operator import mul
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from configs import InputError
-from dataloaders import Batches, share_sizes
+from dataloaders import share_sizes
 from models import ContSupNetwork, LocalModule
+from models.checkpoint import Checkpoint
 from models.norm_relu import Kernels, OfRanks, move_running
 
 
@@ -39,8 +43,8 @@ class SharedBatch:
         """ValueError unless the part of this rank has `own` samples."""
         if own != self.sizes[self.rank]:
             raise ValueError(
-                f"a part of {own} samples, not {self.sizes[self.rank]}: train on what "
-                "Replicas.batches gives"
+                f"a part of {own} samples, not {self.sizes[self.rank]}: say with Replicas.begin "
+                "and .next what comes"
             )
 
     def weight(self) -> float:
@@ -88,29 +92,51 @@ class SharedBatch:
 
 
 class Replicas:
-    """Replicates the modules that a network holds, each in a DistributedDataParallel of its own.
+    """Replicates the modules of a network, each in a DistributedDataParallel of its own (see
+    parallel.py, `Way`).
 
-    Make it on all ranks, in an initialised default group, when the network is on its device, and
-    before its optimizers; weights and statistics become those of rank 0. Names in the network's
-    state_dict stay. Then train on what `batches` gives.
-
-    Gradients are averaged before a GradScaler looks at them. So with float16 all ranks leave out
-    the same steps, and their scales stay the same.
+    Make it on all ranks, in an initialised default group.
 
     Args:
-        network: compiled or not.
         sync_bn: BatchNorm takes the statistics of the whole batch in training, not of a rank's
             part of it.
-    Raises:
-        InputError: sync_bn in a compiled network.
     """
 
-    def __init__(self, network: ContSupNetwork, *, sync_bn: bool) -> None:
-        if sync_bn and network.compiled:
+    steps_to_fill = 2
+
+    def __init__(self, *, sync_bn: bool) -> None:
+        self.sync_bn, self.batch = sync_bn, SharedBatch()
+        self.share = self.batch.rank, self.batch.number
+        self.stream = (self.batch.rank,)
+        self._sizes: deque[int] = deque()
+
+    def describe(self) -> dict[str, Any]:
+        """For the run's files."""
+        return {"way": "data", "sync_bn": self.sync_bn}
+
+    def __str__(self) -> str:
+        statistics = "the whole batch" if self.sync_bn else "its own part"
+        return (f"each batch in {self.batch.number} parts, one a process; BatchNorm takes "
+                f"statistics of {statistics}")  # fmt: skip
+
+    def prepare(self, network: ContSupNetwork) -> None:
+        """Nothing to do yet."""
+
+    def ready(self, network: ContSupNetwork) -> None:
+        """Replicate the modules of a network that is on its device, compiled or not.
+
+        To be done before its optimizers are made; weights and statistics become those of rank 0.
+        Names in the network's state_dict stay. Gradients are averaged before a GradScaler looks at
+        them. So with float16 all ranks leave out the same steps, and their scales stay the same.
+
+        Raises:
+            InputError: sync_bn in a compiled network.
+        """
+        if self.sync_bn and network.compiled:
             raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
-        self.network, self.batch = network, SharedBatch()
+        self.network = network
         for module in network.held:
-            if sync_bn:
+            if self.sync_bn:
                 _synchronise(module, OfRanks(self.batch))
             if module.task.function is losses.supervised_contrastive:
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
@@ -119,30 +145,53 @@ class Replicas:
             # Else a step is cut where a bucket is full, which the code of --recompute can't be.
             torch._dynamo.config.optimize_ddp = False
 
-    def batches(
-        self, batches: Batches, epoch: int, skip: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`batches.epoch(epoch, skip)`, each to be trained on before the next is asked for.
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Batches of these sizes, of all ranks together, come next."""
+        self._sizes = deque(sizes)
 
-        Args:
-            batches: with this rank's share.
-        """
+    def next(self) -> None:
+        """The next of them is here."""
+        self.batch.sizes = share_sizes(self._sizes.popleft(), self.batch.number)
 
-        def begun(size: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            self.batch.sizes = share_sizes(size, self.batch.number)
-            return batch
+    def last(self) -> None:
+        """No batch follows: nothing to do."""
 
-        sizes = batches.whole_sizes()[skip:]
-        return map(begun, sizes, batches.epoch(epoch, skip))  # map keeps no batch alive
-
-    def share_buffers(self) -> None:
-        """Give all ranks the running statistics of rank 0; they are its own without sync_bn.
-
-        For an evaluation on all ranks, and for a checkpoint. All ranks call it.
-        """
+    def end(self) -> None:
+        """Give all ranks the running statistics of rank 0; they are its own without sync_bn."""
         for module in self.network.held:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def merged(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The sums of all samples; a loss is finite where all parts of it are."""
+        finite = torch.stack([part["finite_steps"] for part in parts]).amin(0)
+        sums = {name: sum(part[name] for part in parts)
+                for name in ("losses", "wrong", "samples", "full")}  # fmt: skip
+        seconds = max(part["seconds"] for part in parts)
+        return {**parts[0], **sums, "finite_steps": finite, "seconds": seconds}
+
+    def losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
+        """Means over all samples."""
+        counts = [samples for _, samples in parts]
+        by_module = zip(*(losses for losses, _ in parts), strict=True)
+        return [sum(map(mul, of_module, counts)) / sum(counts) for of_module in by_module]
+
+    def part(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Rank 0 has the sums so far, and the others add to them."""
+        totals = dict(checkpoint.totals)
+        if totals:
+            rank, number = self.share
+            totals["full"] = share_sizes(totals["full"], number)[rank]
+            if rank:
+                totals |= {name: totals[name] * 0 for name in ("losses", "wrong", "samples")}
+        return checkpoint._replace(totals=totals)
+
+    def scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:
+        """They are all the same."""
+        return parts[0]
+
+    def stalled(self) -> None:
+        """Not known."""
 
 
 class _Step(nn.Module):

@@ -350,7 +350,7 @@ def make_batches(
         seed=options.seed,
         channels_last=options.channels_last,
         on_device=options.data_on_device,
-        **({} if team is None or team.way.share == (0, 1) else {"share": team.way.share}),
+        share=(0, 1) if team is None else team.way.share,
     )
 
 

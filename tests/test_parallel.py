@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from cli import end_of
 from fork_server import Server
 
@@ -66,9 +67,9 @@ def learned(folder):
     }  # fmt: skip
 
 
-def together(server, processes, folder, *arguments, plans=None, status=0):
+def together(server, processes, folder, *arguments, way=PARALLEL, plans=None, status=0):
     ended = server.run_together(
-        processes, *TINY, *PARALLEL, *arguments, "--output_dir", folder, plans=plans
+        processes, *TINY, *way, *arguments, "--output_dir", folder, plans=plans
     )
     assert [each.status for each in ended] == [status] * processes, [each.err for each in ended]
     return ended
@@ -133,3 +134,49 @@ def test_a_checkpoint_within_an_epoch(server, alone, name, line, epoch):
     assert end["metrics"] == alone(name)["metrics"]
     for kept in ("checkpoint.pt", "model_best.pt"):
         assert end["states"][kept][0] == alone(name)["states"][kept][0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Data parallel, as a run; the arithmetic is in test_replicas.py
+
+DATA = ["--parallel", "data", "--lr", "0.01"]
+
+
+def figures_of(end):
+    """Of all epochs: losses and errors, one after the other."""
+    names = ("local_losses", "train_errors", "test_errors")
+    rows = [row[name] for row in end["metrics"] for name in names]
+    return torch.tensor([x for row in rows for x in row if x is not None])
+
+
+@pytest.mark.parametrize("name", ["R0", "R1E"])
+def test_with_sync_bn_a_run_learns_what_one_process_does(server, name):
+    """Three epochs, the second of them stopped and gone on with by another number of processes."""
+    method = [a for a in METHODS[name] if a not in ("--amp", "bf16")]
+    method += ["--resume", "auto"]
+    alone = [*TINY, *DATA[2:], *method, "--output_dir", f"alone_data_{name}"]
+    assert server.run(*alone).status == 0
+    folder = f"data_{name}"
+    stop = {0: {"line": 5200, "files": ["engine.py"], "send": ["SIGTERM"]}}
+    together(server, 2, folder, *method, "--sync_bn", way=DATA, plans=stop, status=143)
+    state = read_checkpoint(server.folder / folder / "checkpoint.pt")
+    assert state.epoch and state.step
+    ended = together(server, 2, folder, *method, "--sync_bn", way=DATA)
+    assert [each.err for each in ended] == [[], []]
+    end, expected = (learned(server.folder / f) for f in (folder, f"alone_data_{name}"))
+    assert torch.allclose(figures_of(end), figures_of(expected), rtol=1e-3)
+    summary = json.loads((server.folder / folder / "summary.json").read_text())
+    assert summary["parallel"] == {"processes": 2, "way": "data", "sync_bn": True}
+    without = together(server, 2, f"{folder}_without", *method, way=DATA)
+    assert without[0].out[3].endswith("BatchNorm takes statistics of its own part")
+    other = learned(server.folder / f"{folder}_without")
+    assert not torch.allclose(figures_of(other), figures_of(expected), rtol=1e-3)
+
+
+def test_a_batch_with_fewer_samples_than_processes(server):
+    ended = server.run_together(3, *TINY, *DATA, "--output_dir", "few")
+    said = [line for each in ended for line in each.err if "error" in line and "rank" not in line]
+    assert said == [
+        "train.py: error: 30 samples in batches of 4 leave a batch of 2 to 3 processes: choose a "
+        "batch size that gives each of them a sample in every batch, or run fewer processes"
+    ]

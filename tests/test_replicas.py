@@ -49,6 +49,21 @@ OWN_STATISTICS = {
 CASES = SYNCED | OWN_STATISTICS
 
 
+def replicated(network, sync_bn):
+    """A way to split the work, which the network is made ready for."""
+    replicas = Replicas(sync_bn=sync_bn)
+    replicas.ready(network)
+    return replicas
+
+
+def shared(replicas, batches, epoch):
+    """This rank's parts of an epoch's batches, each announced."""
+    replicas.begin(batches.whole_sizes())
+    for batch in batches.epoch(epoch):
+        replicas.next()
+        yield batch
+
+
 def cases_of(number):
     """Those that a group of so many goes through; compiling takes some seconds."""
     return [name for name in CASES if number == 2 or "compiled" not in name]
@@ -114,22 +129,22 @@ def train_replicas(name, rank, number):
     names = list(network.state_dict())
     if "compiled" in name:
         network.compile_steps("aot_eager")
-    replicas = Replicas(network, sync_bn=name in SYNCED)
+    replicas = replicated(network, name in SYNCED)
     batches = make_batches(share=(rank, number))
     logits(network)  # an evaluation may come before the first step
-    end = train(network, lambda epoch: replicas.batches(batches, epoch))
+    end = train(network, lambda epoch: shared(replicas, batches, epoch))
     assert list(network.state_dict()) == names
-    replicas.share_buffers()
+    replicas.end()
     return end | {"shared buffers": copied_buffers(network), "logits": logits(network)}
 
 
 def train_with_an_overflow(rank, number):
     """One rank has images that float16 does not hold: weights and scales before and after."""
     network = make_network(context_mode="E", amp="fp16").float()
-    replicas = Replicas(network, sync_bn=False)
+    replicas = replicated(network, False)
     optimizers = make_optimizers(network.train())
     ends = []
-    for step, (images, targets) in enumerate(replicas.batches(make_batches((rank, number)), 1)):
+    for step, (images, targets) in enumerate(shared(replicas, make_batches((rank, number)), 1)):
         if step == 1 and rank == 1:
             images[0] = 1e6
         for optimizer in optimizers:
@@ -150,8 +165,8 @@ def train_in_bf16(rank, number):
         batches = make_batches(share)
         epoch = batches.epoch
         if share[1] > 1:
-            replicas = Replicas(network, sync_bn=True)
-            epoch = lambda i: replicas.batches(batches, i)  # noqa: B023, E731
+            replicas = replicated(network, True)
+            epoch = lambda i: shared(replicas, batches, i)  # noqa: B023, E731
         optimizers = make_optimizers(network.train())
         for images, targets in epoch(1):
             for _ in train_step(network, optimizers, images, targets, Totals(network, CPU)):
@@ -166,10 +181,10 @@ def refusals(rank, number):
     network = make_network()
     network.compile_steps("aot_eager")
     with pytest.raises(InputError) as error:
-        Replicas(network, sync_bn=True)
+        replicated(network, True)
     said.append(str(error.value))
     network = make_network()
-    Replicas(network, sync_bn=False)
+    replicated(network, False)
     images, targets = next(make_batches((rank, number)).epoch(1))
     with pytest.raises(ValueError) as error:
         network.local_step(images.double(), targets)
@@ -342,7 +357,7 @@ def test_in_bfloat16_statistics_are_float32_and_near_those_of_one_process(groups
 def test_what_does_not_go_is_said(groups, number):
     for compiled, foreign in groups[number]["refusals"]:
         assert compiled == "--sync_bn and --compile exclude each other: leave one of them out"
-        assert "Replicas.batches" in foreign
+        assert foreign.endswith("samples, not 0: say with Replicas.begin and .next what comes")
 
 
 # ---------------------------------------------------------------------------------------------
