@@ -46,7 +46,7 @@ from train import network_arguments
 from training import Elsewhere, Lost
 
 if TYPE_CHECKING:
-    from parallel import Team
+    from parallel import Parallel
 
 PLAIN = (
     "--no-channels_last --amp off --compile False --context_group 0 --recompute False "
@@ -102,7 +102,7 @@ def serve(argv: list[str], pipe: Connection, threads: int | None = None) -> None
 
 
 def training_step(
-    options: argparse.Namespace, device: torch.device, team: "Team | None" = None
+    options: argparse.Namespace, device: torch.device, team: "Parallel | None" = None
 ) -> tuple[Callable[[], None], PeakMemory]:
     """One step of a run with these options, or this process's part of it, on one random batch."""
     arguments, _ = network_arguments(options)
@@ -139,12 +139,12 @@ def serve_one_of_several(argv: list[str], environment: dict[str, str], pipe: Con
     Sends (device, batch size, peak bytes, how the work is split), then (seconds a step, seconds
     of the turn, percent that it was busy) for each message.
     """
-    from parallel import Team  # which nothing else needs
+    from parallel import Parallel  # which nothing else needs
 
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        with Team(build_train_parser().parse_args(argv)) as team:
+        with Parallel(build_train_parser().parse_args(argv)) as team:
             options, _ = read_options(argv)
             step, peak = training_step(options, team.device, team)
             take_turn(team, options.batch_size, step, WARM_UP + team.size)
@@ -158,7 +158,7 @@ def serve_one_of_several(argv: list[str], environment: dict[str, str], pipe: Con
 
 
 def take_turn(
-    team: "Team", batch_size: int, step: Callable[[], None], steps: int
+    team: "Parallel", batch_size: int, step: Callable[[], None], steps: int
 ) -> tuple[float, float, float]:
     """Seconds of a step once all have begun, seconds of all steps, and percent that it was busy.
 

@@ -27,7 +27,7 @@ from models.network import Ends
 from speed import memory_format, ready
 
 if TYPE_CHECKING:
-    from parallel import Team
+    from team import Team
 
 IN_FLIGHT = 2
 """Batches whose features may be on their way to the next process at once."""

@@ -47,7 +47,7 @@ from speed import CompileTime, choose_device, compile_errors, device_name, ready
 from training import Diverged, Elsewhere, Lost, Training
 
 if TYPE_CHECKING:
-    from parallel import Team
+    from parallel import Parallel
 
 # ---------------------------------------------------------------------------------------------
 # What is asked for
@@ -86,9 +86,9 @@ def one_speaks(is_the_one: bool) -> Iterator[None]:
 
 def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
     """`--parallel`: rank 0 does what is asked for, and has the others do it with it."""
-    from parallel import Team  # which nothing else needs
+    from parallel import Parallel  # which nothing else needs
 
-    with Team(typed) as team:
+    with Parallel(typed) as team:
         if team.is_first:
             start(argv, team)
             if not team.has_begun:  # a run that is finished
@@ -106,7 +106,7 @@ def check_alone(environment: Mapping[str, str]) -> None:
                          "share the work, with --parallel modules or data")  # fmt: skip
 
 
-def start(argv: list[str], team: "Team | None" = None) -> None:
+def start(argv: list[str], team: "Parallel | None" = None) -> None:
     """What the options ask for, in this process and those of the team."""
     options, checkpoint = read_options(argv)
     if options.dry_run:
@@ -158,7 +158,7 @@ def evaluate_in(
     options: argparse.Namespace,
     checkpoint: Checkpoint,
     arguments: dict[str, Any],
-    team: "Team | None",
+    team: "Parallel | None",
 ) -> None:
     """Print the test error of a checkpoint."""
     if team is not None:
@@ -178,7 +178,7 @@ def evaluate_in(
 
 
 def continue_or_start(
-    argv: list[str], options: argparse.Namespace, team: "Team | None" = None
+    argv: list[str], options: argparse.Namespace, team: "Parallel | None" = None
 ) -> None:
     """`--resume auto`: say that the run is finished, go on from its newest checkpoint, or start."""
     folder = RunFolder(run_folder(options), options)
@@ -203,7 +203,7 @@ def train(
     path: Path,
     arguments: dict[str, Any],
     predicted_peak: int | None,
-    team: "Team | None" = None,
+    team: "Parallel | None" = None,
 ) -> None:
     """Train into the run folder `path`, which is locked, after `checkpoint` where there is one.
 
@@ -277,7 +277,7 @@ def how_to_go_on(folder: RunFolder) -> str:
 
 
 def begin(
-    options: argparse.Namespace, arguments: dict[str, Any], team: "Team | None"
+    options: argparse.Namespace, arguments: dict[str, Any], team: "Parallel | None"
 ) -> torch.device:
     """The device of this process, which is set up for the options; the team's work is split."""
     device = choose_device(options.device) if team is None else team.device
@@ -298,7 +298,7 @@ def make_network(
     device: torch.device,
     arguments: dict[str, Any],
     checkpoint: Checkpoint | None,
-    team: "Team | None" = None,
+    team: "Parallel | None" = None,
 ) -> ContSupNetwork:
     """The network of a run, on its device and as it was in `checkpoint`; what it is, printed."""
     if checkpoint is not None:
@@ -318,7 +318,7 @@ def make_network(
 
 
 def load_data(
-    options: argparse.Namespace, checkpoint: Checkpoint | None, team: "Team | None" = None
+    options: argparse.Namespace, checkpoint: Checkpoint | None, team: "Parallel | None" = None
 ) -> ImageData:
     """The data set; InputError if `checkpoint` was trained on other classes."""
     load = partial(
@@ -339,7 +339,7 @@ def load_data(
 
 
 def make_batches(
-    options: argparse.Namespace, device: torch.device, team: "Team | None" = None
+    options: argparse.Namespace, device: torch.device, team: "Parallel | None" = None
 ) -> "partial[Batches]":
     """Makes Batches of a split, as the options say."""
     return partial(

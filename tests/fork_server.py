@@ -58,7 +58,7 @@ class Server:
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
             stdout, stderr: what these are, if not files to be read here.
             environment: variables to set.
-            patience: `parallel.SILENCE` of it, in seconds.
+            patience: `team.SILENCE` of it, in seconds.
         """
         arguments = [str(argument) for argument in arguments]
         self.process.stdin.write(json.dumps({"arguments": arguments, **plan}) + "\n")
@@ -124,7 +124,7 @@ def child(arguments, plan):
         path = plan.get(name, f"fork_server.{name}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-    import parallel
+    import team
     import train
     from interrupts import INTERRUPTS
 
@@ -135,7 +135,7 @@ def child(arguments, plan):
         if plan.get("deadly"):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     counted = trace(plan) if "line" in plan else [0]
-    parallel.SILENCE = plan.get("patience", parallel.SILENCE)
+    team.SILENCE = plan.get("patience", team.SILENCE)
     sys.argv = ["train.py", *arguments]
     try:
         status = train.main()

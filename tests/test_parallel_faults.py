@@ -15,7 +15,7 @@ from fork_server import ROOT, Server
 
 from configs import InputError
 from models.checkpoint import read_checkpoint
-from parallel import Team
+from team import Team
 
 RUN = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_on_another_rank(server):
         (["--sync_bn"], "--sync_bn is for --parallel data: give that, or leave it out"),
         (["--detect_anomaly"], "--detect_anomaly looks at one process: leave --parallel out"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 to 1000000000"),
-        (["--data_dir", "nowhere", "--dataset", "folder"], "there is no folder nowhere"),
+        (["--data_dir", "nowhere", "--dataset", "folder"], "cannot read the images in nowhere/train: "),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(server, more, says):
@@ -118,7 +118,7 @@ def test_bad_input_is_refused_in_one_line(server, more, says):
     assert {each.status for each in ended} <= {1, 2}
     assert 2 in {each.status for each in ended}
     # Rank 1 may find that rank 0 is gone, and with it the store; torchrun keeps its own.
-    (said,) = (line for line in errors(ended) if "rank 1" not in line)
+    (said,) = {line for line in errors(ended) if "rank 1" not in line}
     assert said.startswith(f"train.py: error: {says}")
     assert not (server.folder / "refused").exists()
 
