@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli import main
 
 import bench
 from configs import InputError
@@ -135,3 +136,56 @@ def test_what_a_process_finds_wrong_is_one_line_and_status_2():
 
 def test_versus_may_be_left_out():
     assert bench.build_parser().parse_known_args(["--layers", "8"])[0].versus == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes against one
+
+
+def test_several_processes_are_timed_against_one():
+    status, out, err = call(
+        *TINY, "--parallel", "modules", "--module_ranges", "0", "1", "--steps", "4",
+        "--turns", "2", "--json",
+    )  # fmt: skip
+    assert (status, err) == (0, [])
+    result = json.loads(out)
+    assert result["way"] == "modules 0 on rank 0, 1 on rank 1"
+    assert (result["processes"], result["steps"], result["turns"]) == (2, 4, 2)
+    one, several = result["one"], result["several"]
+    assert 0 < one["step_ms_least"] <= one["step_ms"] <= one["step_ms_most"]
+    assert len(several["peak_bytes"]) == 2 and min(several["peak_bytes"]) > 0
+    assert all(0 <= busy <= 100 for busy in several["busy_percent"])
+    assert result["times_one_with_bubble"] > 0
+    assert result["times_one_least"] <= result["times_one"] <= result["times_one_most"]
+
+
+def test_a_ratio_is_of_the_slowest_process_and_turn_by_turn():
+    """Two turns, in the second of which the machine is half as fast."""
+    first = ("cpu", 128, 1000, 5.0)
+    ranks = [("cpu", 128, 600, "halves"), ("cpu", 128, 500, "halves")]
+    measured = [([4.0, 4.0, 9.0], [(1.0, 10.0, 50.0), (2.0, 8.0, 100.0)]),
+                ([8.0, 8.0, 8.0], [(2.0, 20.0, 60.0), (4.0, 16.0, 100.0)])]  # fmt: skip
+    result = bench.together_as_json(first, ranks, measured, steps=4)
+    assert (result["times_one_least"], result["times_one"], result["times_one_most"]) == (2, 2, 2)
+    assert result["times_one_with_bubble"] == pytest.approx(1.6)  # 4 s a step against 10 s in four
+    assert (result["one"]["step_ms"], result["several"]["step_ms"]) == (6000, 3000)
+    assert result["several"]["busy_percent"] == [55, 100]
+    assert result["several"]["peak_bytes"] == [600, 500]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--versus=--amp bf16"], "--parallel is timed against one process: leave --versus out"),
+        (["--steps", "2"], "the first 2 steps fill the pipeline: give more --steps"),
+        (
+            ["--module_ranges", "0-3", "--steps", "4"],
+            "--module_ranges has 1 ranges for 2 processes",
+        ),
+    ],
+)
+def test_what_can_not_be_timed_together(monkeypatch, capsys, more, says):
+    arguments = [*TINY, "--local_module_num", "4", "--parallel", "modules", *more]
+    status, _, err = main(monkeypatch, capsys, *arguments, script=bench)
+    assert status == 2
+    assert f"bench.py: error: {says}" in err

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_on_another_rank(server):
         (["--sync_bn"], "--sync_bn is for --parallel data: give that, or leave it out"),
         (["--detect_anomaly"], "--detect_anomaly looks at one process: leave --parallel out"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 to 1000000000"),
-        (["--data_dir", "nowhere", "--dataset", "folder"], "cannot read the images in nowhere/train: "),
+        (["--data_dir", "nowhere", "--dataset", "folder"], "cannot read the images in nowhere"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(server, more, says):
