@@ -272,7 +272,7 @@ def time_together(
     with started(context, [(partial(serve, threads=1), argv)]) as (alone,):
         first = receive(alone)
         with started(context, team) as pipes:
-            ranks = [receive(pipe) for pipe in pipes]
+            ranks = _received_of_all(pipes)
             measured = [(_turn_of_one(alone, steps), _turn_of_all(pipes, steps))
                         for _ in range(turns)]  # fmt: skip
     return together_as_json(first, ranks, measured, steps)
@@ -289,7 +289,20 @@ def _turn_of_one(pipe: Connection, steps: int) -> list[float]:
 def _turn_of_all(pipes: list[Connection], steps: int) -> list[tuple[float, float, float]]:
     for pipe in pipes:
         pipe.send(steps)
-    return [receive(pipe) for pipe in pipes]
+    return _received_of_all(pipes)
+
+
+def _received_of_all(pipes: list[Connection]) -> list[Any]:
+    """What each sends; where one says what is wrong, others may just have ended."""
+    received, errors = [], []
+    for pipe in pipes:
+        try:
+            received.append(receive(pipe))
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        raise min(errors, key=lambda error: error.__cause__ is not None)
+    return received
 
 
 def together_as_json(
