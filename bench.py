@@ -41,7 +41,7 @@ from memory import MIB, PeakMemory
 from models import build_network
 from options import Parser, read_options, whole
 from options import build_parser as build_train_parser
-from speed import choose_device, compile_errors, device_name, ready, set_switches
+from speed import choose_device, compile_errors, device_name, ready, set_switches, wait_for
 from train import network_arguments
 from training import Elsewhere, Lost
 
@@ -122,7 +122,8 @@ def training_step(
     optimizers, totals = make_optimizers(network), Totals(network, device)
     split = random_split(options, options.batch_size, arguments["num_classes"])
     ((images, targets),) = batches(split, options, device).epoch(0)
-    peak = PeakMemory(device, compiled=options.compile)
+    steps = 2 if team is None else team.way.steps_to_fill
+    peak = PeakMemory(device, compiled=options.compile, steps=steps)
     alive = partial(tensors_alive, network, optimizers, images, targets)
 
     def step() -> None:
@@ -221,12 +222,6 @@ def batches(
         on_device=options.data_on_device,
         **how,
     )
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -477,6 +472,8 @@ def build_parser() -> Parser:
 
 def show_together(own: argparse.Namespace, argv: list[str]) -> None:
     """Time several processes against one, and print that."""
+    from parallel_plan import processes_asked  # which nothing else needs
+
     if own.versus:
         raise InputError("--parallel is timed against one process: leave --versus out")
     if own.steps <= own.nproc:
@@ -484,7 +481,8 @@ def show_together(own: argparse.Namespace, argv: list[str]) -> None:
     split = ["--parallel", own.parallel]
     if own.module_ranges:
         split += ["--module_ranges", *own.module_ranges]
-    read_options([*argv, *split])
+    options, _ = read_options([*argv, *split])
+    processes_asked(options.local_module_num, [own.nproc], options.module_ranges)
     result = time_together(argv, split, own.nproc, own.steps, own.turns)
     if own.json:
         print(json.dumps(result))

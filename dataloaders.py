@@ -141,7 +141,8 @@ def _stl10(root: Path, train: bool, download: bool) -> Part:
 
 
 def _from_arrays(part: datasets.SVHN | datasets.STL10) -> Split:
-    return Split(torch.from_numpy(part.data), torch.from_numpy(part.labels).long())
+    images = torch.from_numpy(part.data).contiguous()  # they come transposed
+    return Split(images, torch.from_numpy(part.labels).long())
 
 
 def _download(name: str, read: Callable[[Path, bool, bool], Part], data_dir: Path) -> ImageData:

@@ -206,7 +206,7 @@ def build_parser() -> Parser:
         help="train in the processes that torchrun starts, by the same numbers as in one (modules: "
         "each has some of the modules) or with each batch split among them (data; default: one "
         "process)")
-    add("--module_ranges", type=module_range, nargs="*", metavar="A-B",
+    add("--module_ranges", type=module_range, nargs="+", metavar="A-B",
         help="modules of each process, first to last, such as 0-7 8-15 (default: those with the "
         "smallest largest time of a step, which is measured)")
     add("--sync_bn", **switch,
@@ -214,10 +214,10 @@ def build_parser() -> Parser:
     add("--nproc", type=whole(1, 100_000), nargs="+", metavar="P",
         help="with --dry_run --parallel modules: numbers of processes to plan for (default: 1, 2, "
         "4, ... and K)")
-    add("--device_tflops", type=positive, default=5.0, metavar="T",
-        help="for that: 10^12 FLOPs a second that a device keeps up in these steps")
-    add("--link_gbs", type=positive, default=12.0, metavar="GB",
-        help="for that: 10^9 bytes a second from one device to the next")
+    add("--device_tflops", type=positive, metavar="T",
+        help="for that: 10^12 FLOPs a second that a device keeps up in these steps (default: 5)")
+    add("--link_gbs", type=positive, metavar="GB",
+        help="for that: 10^9 bytes a second from one device to the next (default: 12)")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -401,13 +401,16 @@ def check_together(options: argparse.Namespace) -> None:
         raise InputError("--json is how --dry_run prints its plan: give --dry_run as well")
     if options.save_plan and not options.dry_run:
         raise InputError("--save_plan keeps the plan of --dry_run: give --dry_run as well")
-    for name, wanted in (("module_ranges", "modules"), ("nproc", "modules"), ("sync_bn", "data")):
+    of_modules = ("module_ranges", "nproc", "device_tflops", "link_gbs")
+    for name in (*of_modules, "sync_bn"):
+        wanted = "modules" if name in of_modules else "data"
         if getattr(options, name) and options.parallel != wanted:
             raise InputError(f"--{name} is for --parallel {wanted}: give that, or leave it out")
     if options.dry_run and options.parallel == "data":
         raise InputError("--dry_run plans --parallel modules; with data, plan a smaller batch")
-    if options.nproc and not options.dry_run:
-        raise InputError("--nproc is for --dry_run; a run has the processes that torchrun starts")
+    for name in ("nproc", "device_tflops", "link_gbs"):
+        if getattr(options, name) and not options.dry_run:
+            raise InputError(f"--{name} is for --dry_run; a run has what torchrun starts")
     if options.memory_budget and options.local_module_num:
         raise InputError(
             "--memory_budget finds the number of modules: leave --local_module_num out"

@@ -77,7 +77,11 @@ class Parallel(Team):
 
     def _check_data(self, data: ImageData) -> None:
         seen = [
-            (list(split.images.shape), zlib.crc32(split.images.numpy()), split.targets.tolist())
+            (
+                list(split.images.shape),
+                zlib.crc32(split.images.contiguous().numpy()),
+                split.targets.tolist(),
+            )
             for split in (data.train, data.test)
         ]
         everyones = self.gather_all(zlib.crc32(json.dumps([seen, data.classes]).encode()))
@@ -153,15 +157,19 @@ class ParallelTraining(Training):
     """One process's part of a run's training; all of them do the same things in the same order."""
 
     def __init__(self, *arguments: Any, team: Parallel) -> None:
-        super().__init__(*arguments)
         self.team, self.way = team, team.way
+        super().__init__(*arguments)
         self.stopped = 0
-        self.peak = PeakMemory(
-            self.device, compiled=self.options.compile, apart=self.data_bytes,
-            steps=team.way.steps_to_fill,
-        )  # fmt: skip
-        self.peak.how += f", in that of {team.size} processes which took most"
         self._looks: deque[tuple[int, tuple[list[float], int]]] = deque()
+
+    def meter(self) -> PeakMemory:
+        """Of this process's."""
+        peak = PeakMemory(
+            self.device, compiled=self.options.compile, apart=self.data_bytes,
+            steps=self.way.steps_to_fill,
+        )  # fmt: skip
+        peak.how += f", in that of {self.team.size} processes which took most"
+        return peak
 
     # Where it stands
 
@@ -216,6 +224,7 @@ class ParallelTraining(Training):
     def finish(self) -> None:
         """The summary, by rank 0."""
         self.peak.bytes = max(self.team.gather_all(self.peak.bytes))
+        self.team.all_stop = True
         if self.team.is_first:
             super().finish()
 
@@ -238,6 +247,7 @@ class ParallelTraining(Training):
         self.way.end()
         self.team.settle()
         if self.stopped:
+            self.team.all_stop = True
             raise Interrupted(self.stopped)
 
     def check_asked(self) -> None:
@@ -260,8 +270,10 @@ class ParallelTraining(Training):
         while self._looks:
             step, own = self._looks[0]
             keys = [self._key(step, rank) for rank in range(1, self.team.size)]
-            if keys and not wait and not store.check(keys):
-                return
+            while keys and not store.check(keys):
+                if not wait:
+                    return
+                time.sleep(0.01)  # a wait for the store would be deaf to signals
             parts = [own, *(json.loads(store.get(key)) for key in keys)]
             for key in keys:
                 store.delete_key(key)

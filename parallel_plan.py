@@ -131,7 +131,7 @@ def plan_processes(
     """
     processes = processes_asked(options.local_module_num, options.nproc, options.module_ranges)
     images = count_images(options.dataset, options.data_dir, options.limit_per_class)
-    speeds = Speeds(options.device_tflops, options.link_gbs)
+    speeds = Speeds(options.device_tflops or 5, options.link_gbs or 12)
     return make_parallel_plan(
         plan, arguments, options.batch_size, images, processes, speeds, options.module_ranges
     )
@@ -214,7 +214,7 @@ def take(
         left.append(counter.get_total_flops())
         return Done()
 
-    link = Link(device, incoming, lambda _: Done(), send if outgoing is not None else None)
+    link = Link(device, incoming, lambda _: Done(), outgoing, send)
     network.turn_to(held, link)
     link.begin([samples] * (IN_FLIGHT + 2))  # another one follows the last step here
     with counter:

@@ -6,12 +6,13 @@ no weight is stale, and every module computes what it would in a process of its 
 """
 
 import argparse
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,8 @@ from models import ContSupNetwork, build_network
 from models.checkpoint import Checkpoint
 from models.context import ContextMode, Contexts
 from models.network import Ends
-from speed import memory_format, ready
-
-if TYPE_CHECKING:
-    from team import Team
+from speed import memory_format, ready, wait_for
+from team import PATIENCE, Team
 
 IN_FLIGHT = 2
 """Batches whose features may be on their way to the next process at once."""
@@ -47,22 +46,29 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "Kind":
         """That of features (N, C, S, S)."""
-        last = torch.channels_last
-        if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
-            last = torch.contiguous_format
-        return cls(tuple(tensor.shape[1:]), tensor.dtype, last)
+        is_last = tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        return cls(tuple(tensor.shape[1:]), tensor.dtype, layout)
 
     def empty(self, samples: int, device: torch.device) -> Tensor:
         """Room for so many samples."""
         shape, layout = (samples, *self.shape), self.memory_format
         return torch.empty(shape, dtype=self.dtype, device=device, memory_format=layout)
 
+    def of_this(self, tensor: Tensor) -> Tensor:
+        """A tensor in the memory format of this kind; RuntimeError if it is of another kind."""
+        if tuple(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
+            raise RuntimeError(f"{Kind.of(tensor)} crosses a cut where {self} should")
+        return tensor.contiguous(memory_format=self.memory_format)
+
     def nbytes(self, samples: int) -> int:
         """Of so many samples."""
         return samples * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def crossing(arguments: dict[str, Any], device: torch.device, channels_last: bool) -> list[list]:
+def crossing(
+    arguments: dict[str, Any], device: torch.device, channels_last: bool
+) -> list[list[Kind]]:
     """Of each cut, the Kinds of what the modules after it need from those before it.
 
     These are the features, then the module inputs in the window of `Rn`, oldest first; the image
@@ -110,13 +116,6 @@ def arrived(
 # How it travels
 
 
-class Work(Protocol):
-    """What torch.distributed gives for a transfer under way."""
-
-    def wait(self) -> object:
-        """Until it is done; on CUDA the stream waits and not the host."""
-
-
 class Link(Ends):
     """The ends of a process's range: features come from the process before and go to the next.
 
@@ -127,21 +126,24 @@ class Link(Ends):
         device: of the features.
         incoming: Kinds of what the process before sends; None where the range is the first.
         receive: starts to receive into a tensor, which lies in memory in one piece.
-        send: starts to send such a tensor; None where the range is the last.
+        outgoing: Kinds of what the next one expects; None where the range is the last.
+        send: starts to send a tensor in one piece.
     """
 
     def __init__(
         self,
         device: torch.device,
         incoming: Sequence[Kind] | None,
-        receive: Callable[[Tensor], Work] | None,
-        send: Callable[[Tensor], Work] | None,
+        receive: Callable[[Tensor], dist.Work] | None,
+        outgoing: Sequence[Kind] | None,
+        send: Callable[[Tensor], dist.Work] | None,
     ) -> None:
-        self.device, self.incoming, self.receive, self.send = device, incoming, receive, send
+        self.device, self.incoming, self.outgoing = device, incoming, outgoing
+        self.receive, self.send = receive, send
         self.stalls = Stalls(device)
         self._sizes: deque[int] = deque()
-        self._coming: deque[tuple[list[Tensor], list[Work]]] = deque()
-        self._going: deque[tuple[list[Tensor], list[Work]]] = deque()
+        self._coming: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+        self._going: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
 
     def begin(self, sizes: Sequence[int]) -> None:
         """Batches of these sizes are about to come, one after the other."""
@@ -161,11 +163,12 @@ class Link(Ends):
         return arrived(mode, images, tensors)
 
     def leave(self, h: Tensor, contexts: Contexts[Tensor]) -> None:
-        if self.send is None:
+        if self.outgoing is None:
             return
         if len(self._going) == IN_FLIGHT:
             self._wait(self._going.popleft()[1])
-        pieces = [in_one_piece(tensor) for tensor in (h, *contexts.pushed())]
+        kinds_and_tensors = zip(self.outgoing, (h, *contexts.pushed()), strict=True)
+        pieces = [in_one_piece(kind.of_this(tensor)) for kind, tensor in kinds_and_tensors]
         self._going.append((pieces, [self.send(piece) for piece in pieces]))
 
     def in_flight(self) -> list[Tensor]:
@@ -185,7 +188,7 @@ class Link(Ends):
         works = [self.receive(in_one_piece(tensor)) for tensor in tensors]
         self._coming.append((tensors, works))
 
-    def _wait(self, works: Sequence[Work]) -> None:
+    def _wait(self, works: Sequence[dist.Work]) -> None:
         with self.stalls:
             for work in works:
                 work.wait()
@@ -204,7 +207,7 @@ class Stalls:
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __enter__(self) -> None:
         self._start = self._now()
@@ -212,6 +215,8 @@ class Stalls:
     def __exit__(self, *exception: object) -> None:
         if self.on_cuda:
             self._events.append((self._start, self._now()))
+            while self._events and self._events[0][1].query():
+                self._fold()
         else:
             self._seconds += self._now() - self._start
 
@@ -224,11 +229,15 @@ class Stalls:
 
     def taken(self) -> float:
         """Seconds since this was last asked; waits for the device."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        while self._events:
+            self._events[0][1].synchronize()
+            self._fold()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _fold(self) -> None:
+        start, end = self._events.popleft()
+        self._seconds += start.elapsed_time(end) / 1000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,24 +256,26 @@ class Pipeline:
 
     share, stream, steps_to_fill = (0, 1), (), IN_FLIGHT + 1
 
-    def __init__(self, team: "Team", options: argparse.Namespace, arguments: dict) -> None:
+    def __init__(self, team: Team, options: argparse.Namespace, arguments: dict) -> None:
         self.ranges, self.times = self._ranges(team, options, arguments)
         self.own = self.ranges[team.rank]
         # A group a pair: NCCL would have what is sent wait for what is received in the same one.
-        pairs = [dist.new_group([rank, rank + 1]) for rank in range(team.size - 1)]
-        before, after = team.rank - 1, team.rank + 1
-        kinds, receive, send = None, None, None
-        if before >= 0:
-            crossed = crossing(arguments, team.device, options.channels_last)
-            kinds = crossed[self.own.start - 1]
-            receive = partial(dist.irecv, src=before, group=pairs[before])
-        if after < team.size:
-            send = partial(dist.isend, dst=after, group=pairs[team.rank])
-        self.link = Link(team.device, kinds, receive, send)
+        pairs = [
+            dist.new_group([rank, rank + 1], timeout=PATIENCE) for rank in range(team.size - 1)
+        ]
+        crossed = crossing(arguments, team.device, options.channels_last)
+        incoming = receive = outgoing = send = None
+        if team.rank > 0:
+            incoming, group = crossed[self.own.start - 1], pairs[team.rank - 1]
+            receive = partial(dist.irecv, src=team.rank - 1, group=group)
+        if team.rank < team.size - 1:
+            outgoing, group = crossed[self.own.stop - 1], pairs[team.rank]
+            send = partial(dist.isend, dst=team.rank + 1, group=group)
+        self.link = Link(team.device, incoming, receive, outgoing, send)
 
     @staticmethod
     def _ranges(
-        team: "Team", options: argparse.Namespace, arguments: dict
+        team: Team, options: argparse.Namespace, arguments: dict
     ) -> tuple[list[range], list[float] | None]:
         """Of each process, and the seconds of a step of each module where they were measured."""
         K, ranges, times = arguments["local_module_num"], options.module_ranges, None
@@ -272,7 +283,7 @@ class Pipeline:
             check_ranges(ranges, K, team.size)
         else:
             check_count(K, team.size)
-            if team.size > 1:
+            if team.size > 1 and not options.evaluate:
                 times = team.share(
                     module_times(arguments, options, team.device) if team.is_first else None
                 )
@@ -362,22 +373,25 @@ def module_times(
     images = images.to(memory_format=memory_format(options.channels_last))
     targets = torch.arange(options.batch_size, device=device) % arguments["num_classes"]
     seconds: list[list[float]] = [[] for _ in network.held]
-    began = now(device)
+    began = _now(device)
     for step in range(10):
-        if step >= 5 and now(device) - began > 15:
+        if step >= 5 and _now(device) - began > 15:
             break
-        start = now(device)
+        start = _now(device)
         for module in train_step(network, optimizers, images, targets, totals):
-            end = now(device)
+            end = _now(device)
             seconds[module.index].append(end - start)
             start = end
+    del network, optimizers, totals, module
+    gc.collect()  # else what was compiled would stay, and count in the peak of the run
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return [min(of_module[2:]) for of_module in seconds]
 
 
-def now(device: torch.device) -> float:
+def _now(device: torch.device) -> float:
     """The clock, in seconds, when the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()
 
 

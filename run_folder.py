@@ -165,13 +165,14 @@ class RunFolder:
         ended = isinstance((_json_in(self.summary) or {}).get("error_last"), int | float)
         return ended and bool(config) and not self._changed(config)
 
-    def is_planned(self) -> bool:
-        """Whether the plan of a run with the same options is here."""
+    def is_planned(self, in_parallel: bool = False) -> bool:
+        """Whether the plan of a run with the same options is here, one for several processes."""
         config = _config_in(self.plan)
         return (
             bool(config)
             and config.keys() == self.options.keys()
             and not self._changed(config, but=NOT_OF_THE_LEARNING)
+            and not (in_parallel and "parallel" not in _json_in(self.plan))
         )
 
     def _changed(

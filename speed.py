@@ -71,6 +71,12 @@ def ready(
     return network
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Of images, conv weights and features."""
     return torch.channels_last if channels_last else torch.contiguous_format

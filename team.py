@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ PATIENCE = timedelta(minutes=30)
 """How long a process waits for another that is alive: it may compile, download or save."""
 
 WELCOME = timedelta(minutes=5)
-"""How long a process waits for the store, which is there before torchrun starts any."""
+"""How long a process waits for all others to have begun."""
 
 SILENCE = 20.0
 """Seconds without a sign of life after which a process counts as dead."""
@@ -49,6 +49,7 @@ class Team:
     Attributes:
         rank, size: of this process, from 0; how many there are.
         device: of this process.
+        all_stop: whether all of them know that the run stops here.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -56,37 +57,45 @@ class Team:
         if missing := [name for name in names if name not in os.environ]:
             raise InputError(
                 f"--parallel {options.parallel} is for processes that torchrun starts "
-                f"({missing[0]} is not set): torchrun --nproc_per_node=P train.py ..."
+                f"({missing[0]} is not set): torchrun --nproc_per_node=P -- train.py ..."
             )
         self.options = options
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names[:3])
         self.is_first = self.rank == 0
-        self.has_begun = False
+        self.all_stop = False
         self._flags: deque[tuple[Tensor, list[dist.Work]]] = deque()
 
     def __enter__(self) -> "Team":
         if not self.is_first:
             sys.stdout = open(os.devnull, "w")
-        store, _, _ = next(dist.rendezvous("env://", timeout=WELCOME))
-        self.store = dist.PrefixStore("contsup", store)
-        self.watch = Watch(dist.PrefixStore("contsup", store.clone()), self.rank, self.size)
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=WELCOME))
+        except RuntimeError as error:
+            address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise Lost(f"rank {self.rank} can't reach {address}: {one_line(error)}") from error
+        store.set_timeout(PATIENCE)
+        # torchrun may start them again (--max_restarts), and its store has what was there before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"contsup {attempt}", store)
+        watched = dist.PrefixStore(f"contsup {attempt}", store.clone())
+        self.watch = Watch(watched, self.rank, self.size)
         self.watch.start()
         with self._told():
+            self._wait_for_all()
             self.device = self._device()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=self.rank,
+                backend, store=dist.PrefixStore(f"group {attempt}", store), rank=self.rank,
                 world_size=self.size, timeout=PATIENCE,
             )  # fmt: skip
-            self.watch.all_are_here()
             self._check_options()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._told():
-            if error is not None and not isinstance(error, Interrupted):
+            if error is not None and not (isinstance(error, Interrupted) and self.all_stop):
                 raise error
-            dist.barrier()  # torchrun would end rank 0, which may have a checkpoint to write
+            dist.barrier()  # torchrun would end rank 0, which may have a file to write
         self.watch.stop()
         dist.destroy_process_group()
 
@@ -95,11 +104,10 @@ class Team:
         """What goes wrong inside is made known to the others, and ends them."""
         try:
             yield
-        except (Elsewhere, Interrupted):  # which the others know
+        except Elsewhere:
             raise
         except RuntimeError as error:
-            broken = isinstance(error, dist.DistError) or "gloo" in str(error)
-            if not broken:
+            if not _is_of_a_connection(error):
                 self.watch.fail()
                 raise
             if self.watch.knows_why():
@@ -117,6 +125,17 @@ class Team:
         except BaseException:
             self.watch.fail()
             raise
+
+    def _wait_for_all(self) -> None:
+        """Lost unless all processes come."""
+        self.store.set(f"here/{self.rank}", "")
+        try:
+            self.store.wait([f"here/{rank}" for rank in range(self.size)], WELCOME)
+        except RuntimeError as error:
+            here = [r for r in range(self.size) if self.store.check([f"here/{r}"])]
+            raise Lost(f"of {self.size} processes only {here} have come in "
+                       f"{WELCOME.seconds // 60} minutes") from error  # fmt: skip
+        self.watch.all_are_here()
 
     def _device(self) -> torch.device:
         """A GPU a process, or the CPU; InputError where that can't be."""
@@ -152,13 +171,12 @@ class Team:
     # What they tell each other
 
     def begin(self, act: str, *arguments: object) -> None:
-        """Rank 0: have the others do the same."""
+        """Rank 0: have the others do the same; without an act they are done."""
         if self.is_first:
-            self.has_begun = True
             self.share((act, arguments))
 
-    def told(self) -> tuple[str, tuple] | None:
-        """The others: what rank 0 begins with `begin`, or None where it has nothing to do."""
+    def told(self) -> tuple[str, tuple]:
+        """The others: the act that rank 0 begins with `begin`, and its arguments."""
         return self.share()
 
     def share(self, value: T | None = None) -> T:
@@ -195,16 +213,18 @@ class Team:
             number = int(self.store.get("asked"))
         flag = torch.tensor([number])
         self._flags.append((flag, [dist.isend(flag, dst=r) for r in range(1, self.size)]))
-        if len(self._flags) > 4 * self.size:  # a flag for a process that is so many steps behind
-            for work in self._flags.popleft()[1]:
-                work.wait()
+        while len(self._flags) > 4 * self.size:  # none is so many steps behind for long
+            self._wait_for_oldest_flag()
         return number
 
     def settle(self) -> None:
         """Wait until all flags have come through."""
         while self._flags:
-            for work in self._flags.popleft()[1]:
-                work.wait()
+            self._wait_for_oldest_flag()
+
+    def _wait_for_oldest_flag(self) -> None:
+        for work in self._flags.popleft()[1]:
+            work.wait()
 
 
 class Watch(threading.Thread):
@@ -217,14 +237,16 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.others = store, rank, [r for r in range(size) if r != rank]
         self._lock, self._done = threading.Lock(), threading.Event()
-        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._heard: dict[int, tuple[bytes, int]] = {}
+        self._beat = 0
         self._failing = False
+        self._parent = os.getppid()
 
     def run(self) -> None:
-        for beat in itertools.count():
+        for self._beat in itertools.count():
             try:
                 with self._lock:
-                    self.store.set(f"beat/{self.rank}", str(beat))
+                    self.store.set(f"beat/{self.rank}", str(self._beat))
                     why = self._why()
             except RuntimeError:  # the store has gone with its process
                 why = "the process that keeps the store is gone"
@@ -237,19 +259,23 @@ class Watch(threading.Thread):
         """From now on each should give signs of life; before, it may not have begun."""
         with self._lock:
             for rank in self.others:
-                self._heard.setdefault(rank, (b"", time.monotonic()))
+                self._heard.setdefault(rank, (b"", self._beat))
 
     def _why(self) -> str | None:
-        """Why this process should end, if it should; '' where another says that."""
+        """Why this process should end, if it should; '' where another says that.
+
+        Time is counted in beats of its own: a machine may have been suspended.
+        """
         if self.store.check(["failed"]):
             return ""
-        now = time.monotonic()
+        if os.getppid() != self._parent:
+            return "what started this process has ended"
         for rank, (beat, when) in self._heard.items():
             key = f"beat/{rank}"
             latest = self.store.get(key) if self.store.check([key]) else b""
             if latest != beat:
-                self._heard[rank] = latest, now
-            elif now - when > SILENCE:
+                self._heard[rank] = latest, self._beat
+            elif self._beat - when > SILENCE:
                 return f"rank {rank} has given no sign of life for {SILENCE:.0f} s"
         return None
 
@@ -263,24 +289,37 @@ class Watch(threading.Thread):
     def fail(self) -> None:
         """This process has failed: tell the others."""
         self._failing = True
-        with self._lock, contextlib.suppress(RuntimeError):
-            self.store.set("failed", str(self.rank))
+        self._ask(lambda: self.store.set("failed", str(self.rank)))
 
     def is_news(self, error: str) -> bool:
-        """Whether no other process has asked this: what several find alike, one says."""
-        with self._lock, contextlib.suppress(RuntimeError):
-            return self.store.add(f"said: {error}", 1) == 1
-        return True
+        """Whether no other process here has asked this: what several find alike, one says."""
+        key = f"said on {os.environ.get('GROUP_RANK', '0')}: {error}"  # that is, on a machine
+        return self._ask(lambda: self.store.add(key, 1)) in (1, None)
 
     def knows_why(self) -> bool:
         """Whether another process has failed, and says why; waits for that a little."""
         for _ in range(20):
-            with self._lock, contextlib.suppress(RuntimeError):
-                if self.store.check(["failed"]):
-                    return True
+            if self._ask(lambda: self.store.check(["failed"])):
+                return True
             time.sleep(0.1)
         return False
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """What the store answers; None if it is gone or does not answer."""
+        if self._lock.acquire(timeout=2):
+            try:
+                return question()
+            except RuntimeError:
+                return None
+            finally:
+                self._lock.release()
+        return None
 
     def stop(self) -> None:
         """The end is as it should be."""
         self._done.set()
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether a process at the other end may be the reason; Gloo's errors have no class."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

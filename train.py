@@ -6,7 +6,7 @@ From top to bottom: what the options ask for (a plan, an evaluation, a run), a r
 data, and how the process ends. The epochs are in training.py, what an epoch does in engine.py.
 """
 
-from interrupts import INTERRUPTS, Interrupted
+from interrupts import INTERRUPTS, SIGNALS, Interrupted
 
 if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
@@ -15,8 +15,10 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 
 def run(argv: list[str]) -> None:
     """Plan, evaluate or train, as the options say; InputError where they can't be met."""
-    with one_speaks(os.environ.get("LOCAL_RANK", "0") == "0"):
+    with one_speaks(is_the_one(os.environ)):
         typed = build_parser().parse_args(argv)
         in_parallel = typed.parallel and not typed.dry_run
         if not in_parallel:
@@ -66,10 +68,15 @@ def run(argv: list[str]) -> None:
         start(argv)
 
 
+def is_the_one(environment: Mapping[str, str]) -> bool:
+    """Whether this is the only process, or the first of those that torchrun started here."""
+    return environment.get("WORLD_SIZE", "1") == "1" or environment.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
-def one_speaks(is_the_one: bool) -> Iterator[None]:
+def one_speaks(this_one: bool) -> Iterator[None]:
     """What torchrun's processes on a machine find alike is said once."""
-    if is_the_one:
+    if this_one:
         yield
         return
     nowhere = io.StringIO()
@@ -91,12 +98,10 @@ def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
     with Parallel(typed) as team:
         if team.is_first:
             start(argv, team)
-            if not team.has_begun:  # a run that is finished
-                team.begin("")
+            team.begin("")
         else:
-            act, arguments = team.told()
-            if act:
-                {"train": train, "evaluate": evaluate_in}[act](*arguments, team)
+            while (told := team.told())[0]:
+                {"train": train, "evaluate": evaluate_in}[told[0]](*told[1], team)
 
 
 def check_alone(environment: Mapping[str, str]) -> None:
@@ -128,9 +133,9 @@ def start(argv: list[str], team: "Parallel | None" = None) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Print what a training step would take, and keep it if that is asked for."""
-    if options.save_plan and not (options.json or options.parallel):
+    if options.save_plan and not options.json:
         folder = RunFolder(run_folder(options), options)
-        if folder.is_planned():
+        if folder.is_planned(in_parallel=bool(options.parallel)):
             print(f"{folder.plan} is there already")
             return
     arguments, _ = network_arguments(options)
@@ -243,9 +248,9 @@ def train(
         raise
     except (Diverged, Anomaly) as error:
         find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
-        error.add_note(
-            f"; take a lower --lr and another --output_dir{find}; {how_to_go_on(folder)}"
-        )
+        error.add_note(f"; take a lower --lr and another --output_dir{find}")
+        if team is None or team.is_first or folder.checkpoints():  # else they are elsewhere
+            error.add_note(f"; {how_to_go_on(folder)}")
         raise
 
 
@@ -442,13 +447,18 @@ def attempt(argv: list[str]) -> int:
     except (CannotSave, Lost) as error:
         return fail(1, error)
     except Elsewhere:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(5)  # torchrun ends the others when the first ends: that should be who says why
         return 1
     except (Diverged, Anomaly) as error:
         return fail(3, error)
     except Interrupted as error:
-        for how_to_go_on in getattr(error, "__notes__", []):  # rank 0 of a team has one
-            note(f"stopped by {error}{how_to_go_on}")
+        how = getattr(error, "__notes__", [])
+        if how:
+            note(f"stopped by {error}{how[0]}")
+        else:  # rank 0 says it, and torchrun would end it when another ends
+            time.sleep(1)
         return error.status
     return 0
 
@@ -469,4 +479,11 @@ def end(status: int) -> None:
 
 
 if __name__ == "__main__":
-    end(main())
+    try:
+        status = main()
+    except Exception:
+        if "parallel" not in sys.modules:
+            raise
+        traceback.print_exc()
+        status = 1
+    end(status)

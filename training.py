@@ -83,11 +83,15 @@ class Training:
         self.device = train_batches.device
         self.data_bytes = train_batches.device_bytes + test_batches.device_bytes
         self.optimizers = make_optimizers(network)
-        self.peak = PeakMemory(self.device, compiled=options.compile, apart=self.data_bytes)
+        self.peak = self.meter()
         self.epoch = 0
         self.is_saved = False
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
+
+    def meter(self) -> PeakMemory:
+        """Of the training steps."""
+        return PeakMemory(self.device, compiled=self.options.compile, apart=self.data_bytes)
 
     # Where it stands
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -98,11 +99,14 @@ class Server:
 
     def run_together(self, processes, *arguments, plans=None):
         """Start them and wait; how each ended, by rank."""
-        ended = []
-        for rank, pid in enumerate(self.start_together(processes, *arguments, plans=plans)):
+        ended, pids = [], self.start_together(processes, *arguments, plans=plans)
+        too_long = threading.Timer(150, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        too_long.start()  # for processes that wait for each other
+        for rank, pid in enumerate(pids):
             status = self.wait(pid).status
             texts = ((self.folder / f"rank_{rank}.{name}").read_text() for name in ("out", "err"))
             ended.append(Ended(status, *(text.splitlines() for text in texts), 0))
+        too_long.cancel()
         return ended
 
     def _lines(self, name):

@@ -155,7 +155,7 @@ def test_processes_that_do_not_know_how_to_share(monkeypatch, capsys, here):
 
     assert main(monkeypatch, capsys, "--parallel", "modules")[::2] == (
         2, ["train.py: error: --parallel modules is for processes that torchrun starts (RANK is "
-            "not set): torchrun --nproc_per_node=P train.py ..."],
+            "not set): torchrun --nproc_per_node=P -- train.py ..."],
     )  # fmt: skip
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -225,11 +225,14 @@ def test_torchrun_ends_the_job_when_one_is_killed(torchrun, tmp_path):
     assert (state.epoch, state.step) > (0, 0)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_torchrun_hands_on_what_stops_a_run(torchrun, tmp_path, name):
+@pytest.mark.parametrize(("name", "rank"), [("SIGTERM", None), ("SIGINT", None),
+                                            ("SIGTERM", 0), ("SIGTERM", 1)])  # fmt: skip
+def test_torchrun_hands_on_what_stops_a_run(torchrun, tmp_path, name, rank):
+    """A signal to torchrun, or to one of the processes."""
     process = torchrun(*RUN, *HALVES, "--output_dir", "run")
     wait_for(tmp_path / "run" / "checkpoint.pt")
-    process.send_signal(getattr(signal, name))
+    reached = process.pid if rank is None else children(process.pid)[rank]
+    os.kill(reached, getattr(signal, name))
     assert process.wait(timeout=30) != 0
     said = (tmp_path / "said").read_text()
     assert f"stopped by {name}; continue with --resume run/checkpoint.pt" in said

@@ -72,9 +72,9 @@ def real_peaks(arguments, ranges, steps):
             sent.append(tensor)
             return Handed()
 
-        last = modules.stop == len(cuts) + 1
         incoming = cuts[modules.start - 1] if modules.start else None
-        link = Link(device, incoming, receive, None if last else send)
+        outgoing = cuts[modules.stop - 1] if modules.stop <= len(cuts) else None
+        link = Link(device, incoming, receive, outgoing, send)
         network = build_network(**arguments)
         network.hold(modules, link)
         processes.append((network, make_optimizers(network)))

@@ -120,6 +120,52 @@ class Wire:
             self.wire.expected.popleft().copy_(self.wire.sent.popleft())
 
 
+def test_features_leave_before_the_backward_of_what_made_them(monkeypatch):
+    """So the next process computes with them meanwhile; before that, the modules do in turn."""
+    arguments, log = {**NET, "context_mode": "R1E"}, []
+    kinds = crossing(arguments, CPU, False)
+    part = build_network(**arguments)
+    wire = Wire()
+    send = lambda piece: log.append("send") or wire.send(piece)  # noqa: E731
+    part.hold(range(0, 2), Link(CPU, None, None, kinds[1], send))
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t: log.append("backward") or backward(t))
+    totals = Totals(part, CPU)
+    images, targets = torch.randn(4, 3, 16, 16), torch.arange(4)
+    for _ in train_step(part, make_optimizers(part), images, targets, totals):
+        log.append("done")
+    assert log == ["backward", "done", "send", "send", "backward", "done"]
+
+
+def test_what_is_of_another_kind_does_not_cross():
+    """Bytes in another order would be other features, and nobody would know."""
+    kind = Kind((4, 8, 8), torch.float32, torch.channels_last)
+    wire, other = Wire(), torch.randn(2, 4, 8, 8)
+    link = Link(CPU, None, None, [kind], wire.send)
+    link.leave(other, Contexts(ContextMode.parse("R0"), other))
+    assert torch.equal(wire.sent[0].permute(0, 3, 1, 2), other)  # as the receiver reads it
+    for bad in (other.double(), other[:, :2]):
+        with pytest.raises(RuntimeError, match="crosses a cut where"):
+            link.leave(bad, Contexts(ContextMode.parse("R0"), bad))
+
+
+def test_waiting_for_another_process_is_a_stall(monkeypatch):
+    kind = Kind((4, 8, 8), torch.float32, torch.contiguous_format)
+    wire = Wire()
+    link = Link(CPU, [kind], wire.receive, [kind], wire.send)
+    clock = itertools.count()
+    monkeypatch.setattr("pipeline.time.perf_counter", lambda: float(next(clock)))
+    link.begin([2, 2])
+    wire.sent.append(torch.ones(2, 4, 8, 8))
+    h, contexts = link.enter(ContextMode.parse("R0"), torch.randn(2, 3, 8, 8))
+    assert link.stalls.taken() == 1
+    for _ in range(IN_FLIGHT):
+        link.leave(h, contexts)
+    assert link.stalls.taken() == 0  # there is room
+    link.leave(h, contexts)
+    assert link.stalls.taken() == 1
+
+
 @pytest.mark.parametrize("mode", ["R0", "E", "R2", "R1E"])
 def test_linked_ranges_compute_what_a_whole_network_does(mode):
     """Three ranges, batches of two sizes: outputs and gradients by their bits."""
@@ -131,8 +177,9 @@ def test_linked_ranges_compute_what_a_whole_network_does(mode):
     for r, held in enumerate(ranges):
         torch.manual_seed(0)
         part = build_network(**arguments)
-        link = Link(CPU, kinds[held.start - 1] if r else None, wires[r - 1].receive if r else None,
-                    wires[r].send if r < 2 else None)  # fmt: skip
+        before = (kinds[held.start - 1], wires[r - 1].receive) if r else (None, None)
+        after = (kinds[held.stop - 1], wires[r].send) if r < 2 else (None, None)
+        link = Link(CPU, *before, *after)
         part.hold(held, link)
         assert [m.index for m in part.held] == list(held)
         assert {p.is_meta for m in part.local_modules if m.index not in held
@@ -170,7 +217,7 @@ def test_linked_ranges_compute_what_a_whole_network_does(mode):
 def test_the_next_batch_is_expected_before_this_one_is_computed_with():
     arguments = {**NET, "context_mode": "R0"}
     kinds, wire = crossing(arguments, CPU, False)[1], Wire()
-    link = Link(CPU, kinds, wire.receive, None)
+    link = Link(CPU, kinds, wire.receive, None, None)
     images = torch.randn(4, 3, 16, 16)
     link.begin([4, 4, 2])
     for left in (2, 1, 0):
@@ -188,7 +235,7 @@ def test_the_next_batch_is_expected_before_this_one_is_computed_with():
 def test_what_is_in_flight_is_metered():
     """Received ahead of time, and sent: both are alive when a step begins."""
     kind = Kind((4, 8, 8), torch.float32, torch.channels_last)
-    link = Link(CPU, [kind], Wire().receive, Wire().send)
+    link = Link(CPU, [kind], Wire().receive, [kind], Wire().send)
     link.begin([2, 2])
     h = torch.randn(2, 4, 8, 8)
     for _ in range(IN_FLIGHT + 1):
@@ -219,6 +266,9 @@ def test_on_cuda_a_stall_is_the_streams(monkeypatch):
 
         def record(self):
             log.append("record")
+
+        def query(self):
+            return False
 
         def synchronize(self):
             log.append("synchronize")
@@ -257,3 +307,47 @@ def test_balanced_ranges_are_the_best_there_are():
 def test_more_processes_than_modules():
     with pytest.raises(InputError, match="3 processes for 2 modules: take 2 at most"):
         balanced_ranges([1.0, 1.0], 3)
+
+
+def test_a_module_that_is_slow_once_is_not_slow(monkeypatch):
+    """Seconds are the least of the timed steps, module by module."""
+    from argparse import Namespace
+
+    from pipeline import module_times
+
+    options = Namespace(channels_last=True, compile=False, batch_size=4)
+    arguments = {**NET, "layers": 8, "local_module_num": 2, "num_classes": 10}
+    readings = [0.0]  # when it began; then of each step whether it is late, its start, both ends
+    for step in range(10):
+        took = [100.0, 100.0] if step < 2 else [2.0, 3.0] if step != 4 else [2.0, 50.0]
+        start = readings[-1]
+        readings += [start] * (step >= 5) + [start, start + took[0], start + sum(took)]
+        readings[0] = 0.0
+    clock = iter([r / 1000 for r in readings])
+    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    assert module_times(arguments, options, CPU) == pytest.approx([0.002, 0.003])
+
+
+def test_sums_of_all_processes():
+    from pipeline import Pipeline
+
+    parts = [
+        {"losses": torch.tensor([1.0, 2.0]), "samples": 8, "steps": 2, "full": 4, "seconds": 2.0},
+        {"losses": torch.tensor([3.0]), "samples": 8, "steps": 2, "full": 4, "seconds": 3.0},
+    ]
+    merged = Pipeline.merged(None, parts)
+    assert merged.pop("losses").tolist() == [1, 2, 3]
+    assert merged == {"samples": 8, "steps": 2, "full": 4, "seconds": 3.0}
+    assert Pipeline.losses(None, [([0.5, 1.0], 8), ([2.0], 8)]) == [0.5, 1.0, 2.0]
+
+
+def test_a_loss_that_is_not_finite_is_of_the_module_by_its_index():
+    network = build_network(**NET, context_mode="R0")
+    network.held = list(network.local_modules)[4:6]
+    totals, output = Totals(network, CPU), torch.zeros(2, 10)
+    targets = torch.zeros(2, dtype=torch.int64)
+    for loss in (1.0, float("nan"), 1.0):
+        totals.add(network.held[0], torch.tensor(1.0), output, targets)
+        totals.add(network.held[1], torch.tensor(loss), output, targets)
+        totals.count(2)
+    assert totals.first_not_finite() == (5, 2)
