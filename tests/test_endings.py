@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli import end_of, main
-from fork_server import ROOT, Server
+from fork_server import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import board
@@ -31,12 +31,6 @@ TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
     "--context_mode", "E", "--batch_size", "4", "--epochs", "3", "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("runs")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from cli import end_of, main
-from fork_server import Server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.checkpoint import read_checkpoint
@@ -27,12 +26,6 @@ METHODS = {
 }
 
 PARALLEL = ["--parallel", "modules"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("runs")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

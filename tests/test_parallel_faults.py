@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from fork_server import ROOT, Server
+from fork_server import ROOT
 
 from configs import InputError
 from models.checkpoint import read_checkpoint
@@ -23,12 +23,6 @@ RUN = [
     "--parallel", "modules", "--checkpoint_every", "2",
 ]  # fmt: skip
 HALVES = ["--module_ranges", "0-1", "2-3"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("runs")) as server:
-        yield server
 
 
 def errors(ended):

@@ -5,7 +5,6 @@ import signal
 
 import pytest
 from cli import end_of
-from fork_server import Server
 
 from models.checkpoint import read_checkpoint
 
@@ -23,12 +22,6 @@ FORMATS = {
             "--loss_scale", "5", "1", "5", "1"],
     "fp16": ["--checkpoint_every", "2", "--amp", "fp16"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("runs")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
