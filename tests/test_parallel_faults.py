@@ -15,7 +15,7 @@ from fork_server import ROOT
 
 from configs import InputError
 from models.checkpoint import read_checkpoint
-from team import Team
+from team import SILENCE, Team, Watch
 
 RUN = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
@@ -232,3 +232,41 @@ def test_torchrun_hands_on_what_stops_a_run(torchrun, tmp_path, name, rank):
     assert f"stopped by {name}; continue with --resume run/checkpoint.pt" in said
     environment = json.loads((tmp_path / "run" / "environment.jsonl").read_text().splitlines()[0])
     assert environment["parallel"]["ranges"] == ["0-1", "2-3"]
+
+
+def test_processes_end_with_their_torchrun(torchrun, tmp_path):
+    process = torchrun(*RUN, *HALVES, "--output_dir", "run")
+    wait_for(tmp_path / "run" / "checkpoint.pt")
+    left = set(children(process.pid).values())
+    assert len(left) == 2
+    process.kill()
+    end = time.monotonic() + 30
+    while left:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+        left = {pid for pid in left if os.path.exists(f"/proc/{pid}/exe")}
+    read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+
+
+def test_what_started_a_process_may_end_and_its_store_not(monkeypatch):
+    """As with torchrun on another machine than that of the store."""
+    watch = Watch(dist.HashStore(), 0, 1)
+    assert watch._why() is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert watch._why() == "what started this process has ended"
+
+
+def test_a_suspended_machine_is_no_silence():
+    """Silence is counted in one's own beats, and each other's beat ends it."""
+    store = dist.HashStore()
+    watch = Watch(store, 0, 2)
+    watch.all_are_here()
+    for beat in range(int(SILENCE) + 1):  # however long that takes
+        watch._beat = beat
+        assert watch._why() is None
+    store.set("beat/1", "1")
+    for _ in range(int(SILENCE) + 1):
+        watch._beat += 1
+        assert watch._why() is None
+    watch._beat += 1
+    assert watch._why() == "rank 1 has given no sign of life for 20 s"
