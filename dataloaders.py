@@ -399,7 +399,7 @@ class Batches:
         return -(-len(self.split.targets) // self.batch_size)
 
     def _check_shares(self) -> None:
-        fewest, number = min(self.whole_sizes(), default=0), self.share[1]
+        fewest, number = min(self.sizes(), default=0), self.share[1]
         if 0 < fewest < number:
             raise InputError(
                 f"{len(self.split.targets)} samples in batches of {self.batch_size} leave a batch "
@@ -408,11 +408,6 @@ class Batches:
             )
 
     def sizes(self) -> list[int]:
-        """Samples of each batch of an epoch, this rank's alone."""
-        rank, number = self.share
-        return [share_sizes(size, number)[rank] for size in self.whole_sizes()]
-
-    def whole_sizes(self) -> list[int]:
         """Samples of each batch of an epoch, of all ranks together."""
         whole, rest = divmod(len(self.split.targets), self.batch_size)
         return [self.batch_size] * whole + [rest] * bool(rest)

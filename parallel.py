@@ -63,7 +63,7 @@ class Parallel(Team):
 
     def evaluate(self, network: ContSupNetwork, batches: Batches) -> Totals:
         """`engine.evaluate` of all modules and samples."""
-        self.way.begin(batches.whole_sizes())
+        self.way.begin(batches.sizes())
         totals = evaluate(network, batches.epoch(0), self.device)
         self.way.end()
         return self.whole(network, totals)
@@ -183,11 +183,11 @@ class ParallelTraining(Training):
     def checkpoint(self) -> Checkpoint:
         """On rank 0 of all processes; on others of their own part."""
         own = super().checkpoint()
+        held = {name: t for name, t in own.state_dict.items() if not t.is_meta}
         own = own._replace(
-            state_dict={n: t for n, t in own.state_dict.items() if not t.is_meta},
-            totals=_on_cpu(own.totals), history=(),
+            state_dict=_on_cpu(held), momentum=_on_cpu(own.momentum), totals=_on_cpu(own.totals),
+            history=(),
         )  # fmt: skip
-        own = own._replace(state_dict=_on_cpu(own.state_dict), momentum=_on_cpu(own.momentum))
         parts = self.team.gather(own)
         return own if parts is None else self._joined(parts)
 
@@ -232,7 +232,7 @@ class ParallelTraining(Training):
         self, batches: Batches, epoch: int, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of an epoch; after a signal, one more."""
-        self.way.begin(batches.whole_sizes()[skip:])
+        self.way.begin(batches.sizes()[skip:])
         self._began = time.perf_counter()
         for batch in batches.epoch(epoch, skip):
             self.way.next()

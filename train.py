@@ -168,7 +168,7 @@ def evaluate_in(
     """Print the test error of a checkpoint."""
     if team is not None:
         team.begin("evaluate", options, checkpoint, arguments)
-    device = begin(options, arguments, team)
+    device = set_up(options, arguments, team)
     network = make_network(options, device, arguments, checkpoint, team)
     data = load_data(options, checkpoint, team)
     batches = make_batches(options, device, team)(data.test)
@@ -222,7 +222,7 @@ def train(
             return
     if team is not None:
         team.begin("train", options, checkpoint, path, arguments, predicted_peak)
-    device = begin(options, arguments, team)
+    device = set_up(options, arguments, team)
     compile_time = CompileTime() if options.compile else None
     network = make_network(options, device, arguments, checkpoint, team)
     if predicted_peak:
@@ -281,7 +281,7 @@ def how_to_go_on(folder: RunFolder) -> str:
     return f"continue with {folder.to_resume()}"
 
 
-def begin(
+def set_up(
     options: argparse.Namespace, arguments: dict[str, Any], team: "Parallel | None"
 ) -> torch.device:
     """The device of this process, which is set up for the options; the team's work is split."""

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from fork_server import ROOT
 
 from configs import InputError
+from dataloaders import ImageData, Split
 from models.checkpoint import read_checkpoint
+from parallel import Parallel
 from team import SILENCE, Team, Watch
 
 RUN = [
@@ -270,3 +272,43 @@ def test_a_suspended_machine_is_no_silence():
         assert watch._why() is None
     watch._beat += 1
     assert watch._why() == "rank 1 has given no sign of life for 20 s"
+
+
+# ---------------------------------------------------------------------------------------------
+# What all processes should have alike
+
+
+class Alone(Parallel):
+    """A process of two whose other one says what a test has it say."""
+
+    def __init__(self, local_rank, others=None):
+        self.local_rank, self.others = local_rank, others
+
+    def gather_all(self, value):
+        return [value if self.others is None else self.others, value]
+
+
+def some_images(pixel):
+    """Both splits; the images lie in memory as torchvision's of SVHN do."""
+    images = torch.full((4, 4, 3, 2), pixel, dtype=torch.uint8).permute(3, 2, 0, 1)
+    split = Split(images, torch.tensor([0, 1]))
+    return ImageData(split, split, ["a", "b"])
+
+
+def test_other_images_on_one_rank(monkeypatch):
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    seen = []
+    first = Alone(0)
+    first.gather_all = lambda value: seen.append(value) or [value]
+    first.loaded(lambda: some_images(1))
+    assert Alone(1, seen[0]).loaded(lambda: some_images(1)).classes == ["a", "b"]
+    with pytest.raises(InputError, match="rank 1 has other images than rank 0"):
+        Alone(1, seen[0]).loaded(lambda: some_images(2))
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_machine_loads_before_the_others(monkeypatch, local_rank):
+    log = []
+    monkeypatch.setattr(dist, "barrier", lambda: log.append("barrier"))
+    Alone(local_rank).loaded(lambda: log.append("load") or some_images(1))
+    assert log == (["barrier", "load"] if local_rank else ["load", "barrier"])

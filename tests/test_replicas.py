@@ -58,7 +58,7 @@ def replicated(network, sync_bn):
 
 def shared(replicas, batches, epoch):
     """This rank's parts of an epoch's batches, each announced."""
-    replicas.begin(batches.whole_sizes())
+    replicas.begin(batches.sizes())
     for batch in batches.epoch(epoch):
         replicas.next()
         yield batch
@@ -376,10 +376,11 @@ def test_shares_put_together_are_the_batches_of_one_process(number, skip, on_dev
         assert_equal((images, targets), expected)
         sizes = [len(x) for x in expected[1].tensor_split(number)]
         assert [len(targets) for _, targets in shares] == sizes
-    for part in parts:
-        assert [len(targets) for _, targets in part.epoch(2, skip)] == part.sizes()[skip:]
-        assert len(part) == len(part.sizes()) == 3
-        assert part.whole_sizes() == [7, 7, 4]
+    for rank, part in enumerate(parts):
+        own = [share_sizes(size, number)[rank] for size in part.sizes()]
+        assert [len(targets) for _, targets in part.epoch(2, skip)] == own[skip:]
+        assert len(part) == 3
+        assert part.sizes() == [7, 7, 4]
         assert_equal(part.spread(5), make_batches().spread(5))
 
 
