@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,27 +80,33 @@ class Server:
         self.start(*arguments, **plan)
         return self.wait()
 
-    def start_together(self, processes, *arguments, plans=None):
+    def start_together(self, processes, *arguments, plans=None, keeps_store=True):
         """Begin a run as torchrun would, but that none is ended for another; their pids by rank.
 
         `plans` are those of `start`, by rank; `more` in them are arguments of that rank alone.
+        The store outlives all of them, as torchrun's does; or else it goes with rank 0.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Of a test before, none is left that might use it.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self.store.port
+        if not keeps_store:
+            del self.store  # which frees the port
         pids = []
         for rank in range(processes):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            environment = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": keeps_store,
+            }  # fmt: skip
             plan = {"stdout": f"rank_{rank}.out", "stderr": f"rank_{rank}.err"}
             plan |= {"environment": {name: str(value) for name, value in environment.items()}}
             plan |= (plans or {}).get(rank, {})
             pids.append(self.start(*arguments, *plan.pop("more", []), **plan))
         return pids
 
-    def run_together(self, processes, *arguments, plans=None):
+    def run_together(self, processes, *arguments, **how):
         """Start them and wait; how each ended, by rank."""
-        ended, pids = [], self.start_together(processes, *arguments, plans=plans)
+        ended, pids = [], self.start_together(processes, *arguments, **how)
         too_long = threading.Timer(150, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
         too_long.start()  # for processes that wait for each other
         for rank, pid in enumerate(pids):

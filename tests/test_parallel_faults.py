@@ -47,13 +47,26 @@ def test_one_dies_and_all_end(server, rank, how):
     assert all(each.status for each in ended)
     if how == "raise":
         assert ended[rank].err[-1] == "ArithmeticError: as planned"
-        if rank:  # with rank 0 goes the store, in which it says so; torchrun keeps its own
-            assert errors(ended) == []
+        assert errors(ended) == []
     else:
         assert ended[rank].status == -signal.SIGKILL
         assert 1 <= len(errors(ended)) <= 2  # of those that noticed at the same time
     state = read_checkpoint(server.folder / folder / "checkpoint.pt")
     assert (state.epoch, state.step) > (0, 0)
+
+
+def test_the_store_dies_with_rank_0(server):
+    """As without torchrun, or where that dies too."""
+    plan = {0: {"line": 4000, "files": ["engine.py"]}}
+    began = time.monotonic()
+    ended = server.run_together(
+        2, *RUN, *HALVES, "--output_dir", "no_store", plans=plan, keeps_store=False
+    )
+    assert time.monotonic() - began < 60
+    assert [each.status for each in ended] == [-signal.SIGKILL, 1]
+    (said,) = errors(ended)
+    assert said.startswith("train.py: error: rank 1")
+    read_checkpoint(server.folder / "no_store" / "checkpoint.pt")
 
 
 def test_one_that_gives_no_sign_of_life(server):
@@ -113,8 +126,7 @@ def test_bad_input_is_refused_in_one_line(server, more, says):
     ended = server.run_together(2, *RUN, *more, "--output_dir", "refused")
     assert {each.status for each in ended} <= {1, 2}
     assert 2 in {each.status for each in ended}
-    # Rank 1 may find that rank 0 is gone, and with it the store; torchrun keeps its own.
-    (said,) = {line for line in errors(ended) if "rank 1" not in line}
+    (said,) = errors(ended)
     assert said.startswith(f"train.py: error: {says}")
     assert not (server.folder / "refused").exists()
 
