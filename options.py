@@ -204,13 +204,14 @@ def build_parser() -> Parser:
     add = parallel.add_argument
     add("--parallel", choices=["modules", "data"],
         help="train in the processes that torchrun starts, by the same numbers as in one (modules: "
-        "each has some of the modules) or with each batch split among them (data; default: one "
-        "process)")
+        "each has some of the modules) or with each batch split among them (data, which is the "
+        "same learning only with --sync_bn; default: one process)")
     add("--module_ranges", type=module_range, nargs="+", metavar="A-B",
         help="modules of each process, first to last, such as 0-7 8-15 (default: those with the "
         "smallest largest time of a step, which is measured)")
     add("--sync_bn", **switch,
-        help="with --parallel data, BatchNorm takes its statistics of the whole batch")
+        help="with --parallel data, BatchNorm takes its statistics of the whole batch, as in one "
+        "process, and not of each process's part")
     add("--nproc", type=whole(1, 100_000), nargs="+", metavar="P",
         help="with --dry_run --parallel modules: numbers of processes to plan for (default: 1, 2, "
         "4, ... and K)")

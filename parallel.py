@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,7 @@ from configs import InputError
 from console import Progress
 from dataloaders import Batches, ImageData, epoch_seed
 from engine import Totals, evaluate
-from interrupts import Interrupted
+from interrupts import INTERRUPTS, Interrupted
 from memory import PeakMemory
 from models import ContSupNetwork
 from models.checkpoint import Checkpoint
@@ -110,11 +111,13 @@ class Way(Protocol):
         share: which part of each batch is this process's, of how many.
         stream: what sets apart what it draws from what others draw for the same module.
         steps_to_fill: after so many a step takes as much memory as any.
+        waiting: inside it, time counts as `stalled`.
     """
 
     share: tuple[int, int]
     stream: tuple[int, ...]
     steps_to_fill: int
+    waiting: AbstractContextManager
 
     def describe(self) -> dict[str, Any]:
         """For the run's files."""
@@ -168,7 +171,8 @@ class ParallelTraining(Training):
             self.device, compiled=self.options.compile, apart=self.data_bytes,
             steps=self.way.steps_to_fill,
         )  # fmt: skip
-        peak.how += f", in that of {self.team.size} processes which took most"
+        if self.team.size > 1:
+            peak.how += f", in that of {self.team.size} processes which took most"
         return peak
 
     # Where it stands
@@ -222,11 +226,13 @@ class ParallelTraining(Training):
         super().run()
 
     def finish(self) -> None:
-        """The summary, by rank 0."""
+        """The summary, by rank 0; Interrupted on all where one was asked to stop by then."""
         self.peak.bytes = max(self.team.gather_all(self.peak.bytes))
-        self.team.all_stop = True
         if self.team.is_first:
             super().finish()
+        self.team.all_stop = True
+        if asked := max(self.team.gather_all(int(INTERRUPTS.asked or 0))):
+            raise Interrupted(asked)
 
     def batches(
         self, batches: Batches, epoch: int, skip: int = 0
@@ -236,7 +242,8 @@ class ParallelTraining(Training):
         self._began = time.perf_counter()
         for batch in batches.epoch(epoch, skip):
             self.way.next()
-            self.stopped = self.team.signal()
+            with self.way.waiting:
+                self.stopped = self.team.signal()
             if self.stopped:
                 self.way.last()
             yield batch
@@ -251,7 +258,7 @@ class ParallelTraining(Training):
             raise Interrupted(self.stopped)
 
     def check_asked(self) -> None:
-        """Not here: `batches` end where all know it."""
+        """Not here: `batches` and `finish` end where all know it."""
 
     def look(self, step: int, totals: Totals, progress: Progress) -> None:
         """Read this process's losses, and let rank 0 show all of them when it has them."""

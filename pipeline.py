@@ -9,7 +9,8 @@ import argparse
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -169,7 +170,8 @@ class Link(Ends):
             self._wait(self._going.popleft()[1])
         kinds_and_tensors = zip(self.outgoing, (h, *contexts.pushed()), strict=True)
         pieces = [in_one_piece(kind.of_this(tensor)) for kind, tensor in kinds_and_tensors]
-        self._going.append((pieces, [self.send(piece) for piece in pieces]))
+        with unrecorded():
+            self._going.append((pieces, [self.send(piece) for piece in pieces]))
 
     def in_flight(self) -> list[Tensor]:
         """Received ahead of time, or not yet sent."""
@@ -185,13 +187,29 @@ class Link(Ends):
             return
         samples = self._sizes.popleft()
         tensors = [kind.empty(samples, self.device) for kind in self.incoming]
-        works = [self.receive(in_one_piece(tensor)) for tensor in tensors]
+        with unrecorded():
+            works = [self.receive(in_one_piece(tensor)) for tensor in tensors]
         self._coming.append((tensors, works))
 
     def _wait(self, works: Sequence[dist.Work]) -> None:
         with self.stalls:
             for work in works:
                 work.wait()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """No profiler sees what is inside.
+
+    A transfer ends steps after the one in which it starts. Where a profiler watches either of them
+    (memory.py, `AllocatedBytes`), torch would write the end into the record of the first one, the
+    memory of which has been given back.
+    """
+    torch.autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch.autograd._enable_record_function(True)
 
 
 def in_one_piece(tensor: Tensor) -> Tensor:
@@ -272,6 +290,7 @@ class Pipeline:
             outgoing, group = crossed[self.own.stop - 1], pairs[team.rank]
             send = partial(dist.isend, dst=team.rank + 1, group=group)
         self.link = Link(team.device, incoming, receive, outgoing, send)
+        self.waiting = self.link.stalls
 
     @staticmethod
     def _ranges(

@@ -9,6 +9,7 @@ sums.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from operator import mul
 from typing import Any
 
@@ -103,6 +104,7 @@ class Replicas:
     """
 
     steps_to_fill = 2
+    waiting = nullcontext()
 
     def __init__(self, *, sync_bn: bool) -> None:
         self.sync_bn, self.batch = sync_bn, SharedBatch()
@@ -177,13 +179,13 @@ class Replicas:
         return [sum(map(mul, of_module, counts)) / sum(counts) for of_module in by_module]
 
     def part(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Rank 0 has the sums so far, and the others add to them."""
+        """Rank 0 has the sums so far, and the others add to them; samples each has its share of."""
         totals = dict(checkpoint.totals)
         if totals:
             rank, number = self.share
-            totals["full"] = share_sizes(totals["full"], number)[rank]
+            totals |= {n: share_sizes(totals[n], number)[rank] for n in ("samples", "full")}
             if rank:
-                totals |= {name: totals[name] * 0 for name in ("losses", "wrong", "samples")}
+                totals |= {name: totals[name] * 0 for name in ("losses", "wrong")}
         return checkpoint._replace(totals=totals)
 
     def scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -74,18 +75,15 @@ class Team:
             address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise Lost(f"rank {self.rank} can't reach {address}: {one_line(error)}") from error
         store.set_timeout(PATIENCE)
-        # torchrun may start them again (--max_restarts), and its store has what was there before.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"contsup {attempt}", store)
-        watched = dist.PrefixStore(f"contsup {attempt}", store.clone())
-        self.watch = Watch(watched, self.rank, self.size)
+        name = meet(store, self.rank, self.size)
+        self.store = dist.PrefixStore(name, store)
+        self.watch = Watch(dist.PrefixStore(name, store.clone()), self.rank, self.size)
         self.watch.start()
         with self._told():
-            self._wait_for_all()
             self.device = self._device()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(
-                backend, store=dist.PrefixStore(f"group {attempt}", store), rank=self.rank,
+                backend, store=dist.PrefixStore("group", self.store), rank=self.rank,
                 world_size=self.size, timeout=PATIENCE,
             )  # fmt: skip
             self._check_options()
@@ -125,17 +123,6 @@ class Team:
         except BaseException:
             self.watch.fail()
             raise
-
-    def _wait_for_all(self) -> None:
-        """Lost unless all processes come."""
-        self.store.set(f"here/{self.rank}", "")
-        try:
-            self.store.wait([f"here/{rank}" for rank in range(self.size)], WELCOME)
-        except RuntimeError as error:
-            here = [r for r in range(self.size) if self.store.check([f"here/{r}"])]
-            raise Lost(f"of {self.size} processes only {here} have come in "
-                       f"{WELCOME.seconds // 60} minutes") from error  # fmt: skip
-        self.watch.all_are_here()
 
     def _device(self) -> torch.device:
         """A GPU a process, or the CPU; InputError where that can't be."""
@@ -227,6 +214,36 @@ class Team:
             work.wait()
 
 
+def meet(store: dist.Store, rank: int, size: int) -> str:
+    """Wait until all processes are here; gives a name that is of this meeting alone.
+
+    torchrun may start them again (--max_restarts), not everywhere the same number of times, and its
+    store has what was there before. So each comes with a word of its own, and rank 0 says the name
+    to every word that it sees. Lost if one does not come, or if the store goes.
+    """
+    word = name = uuid.uuid4().hex
+    end = time.monotonic() + WELCOME.total_seconds()
+    try:
+        store.set(f"word/{rank}", word)
+        while True:
+            if rank == 0:
+                for other in range(size):
+                    if store.check([f"word/{other}"]):
+                        store.set(f"name for {store.get(f'word/{other}').decode()}", name)
+            elif store.check([f"name for {word}"]):
+                name = store.get(f"name for {word}").decode()
+            store.set(f"{name}/here/{rank}", "")
+            here = [r for r in range(size) if store.check([f"{name}/here/{r}"])]
+            if len(here) == size:
+                return name
+            if time.monotonic() > end:
+                raise Lost(f"rank {rank}: of {size} processes only {here} have come in "
+                           f"{WELCOME.seconds // 60} minutes")  # fmt: skip
+            time.sleep(0.05)
+    except RuntimeError as error:
+        raise Lost(f"rank {rank}: the process that keeps the store is gone") from error
+
+
 class Watch(threading.Thread):
     """Gives signs of life, and ends this process if another has failed or gives none.
 
@@ -235,9 +252,10 @@ class Watch(threading.Thread):
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         super().__init__(daemon=True)
-        self.store, self.rank, self.others = store, rank, [r for r in range(size) if r != rank]
+        self.store, self.rank = store, rank
         self._lock, self._done = threading.Lock(), threading.Event()
-        self._heard: dict[int, tuple[bytes, int]] = {}
+        # Of each other one the last beat, and in which of its own this process saw it.
+        self._heard = dict.fromkeys({*range(size)} - {rank}, (b"", 0))
         self._beat = 0
         self._failing = False
         self._parent = os.getppid()
@@ -254,12 +272,6 @@ class Watch(threading.Thread):
                 self._end(why)
             if self._done.wait(1):
                 return
-
-    def all_are_here(self) -> None:
-        """From now on each should give signs of life; before, it may not have begun."""
-        with self._lock:
-            for rank in self.others:
-                self._heard.setdefault(rank, (b"", self._beat))
 
     def _why(self) -> str | None:
         """Why this process should end, if it should; '' where another says that.
@@ -290,6 +302,8 @@ class Watch(threading.Thread):
         """This process has failed: tell the others."""
         self._failing = True
         self._ask(lambda: self.store.set("failed", str(self.rank)))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            time.sleep(2)  # else this torchrun may be gone, with its store, before others know it
 
     def is_news(self, error: str) -> bool:
         """Whether no other process here has asked this: what several find alike, one says."""

@@ -61,7 +61,7 @@ def run(argv: list[str]) -> None:
         typed = build_parser().parse_args(argv)
         in_parallel = typed.parallel and not typed.dry_run
         if not in_parallel:
-            check_alone(os.environ)
+            check_alone(os.environ, plans=typed.dry_run)
     if in_parallel:
         run_in_parallel(argv, typed)
     else:
@@ -104,9 +104,11 @@ def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
                 {"train": train, "evaluate": evaluate_in}[told[0]](*told[1], team)
 
 
-def check_alone(environment: Mapping[str, str]) -> None:
+def check_alone(environment: Mapping[str, str], plans: bool) -> None:
     """InputError if torchrun has started several processes, which would all do the same."""
     if "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        if plans:
+            raise InputError("--dry_run plans in one process: leave torchrun out")
         raise InputError(f"torchrun started {environment['WORLD_SIZE']} processes: say how they "
                          "share the work, with --parallel modules or data")  # fmt: skip
 
@@ -248,6 +250,7 @@ def train(
         raise
     except (Diverged, Anomaly) as error:
         find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
+        find += " in one process" if options.parallel and find else ""
         error.add_note(f"; take a lower --lr and another --output_dir{find}")
         if team is None or team.is_first or folder.checkpoints():  # else they are elsewhere
             error.add_note(f"; {how_to_go_on(folder)}")

@@ -203,7 +203,7 @@ class Training:
                     raise
                 raise Interrupted(INTERRUPTS.asked) from error
             self.finish()
-            INTERRUPTS.check()  # nothing is left to do here, but there may be in command.sh
+            self.check_asked()  # nothing is left to do here, but there may be in command.sh
 
     def finish(self) -> None:
         """The summary; raises CannotSave."""

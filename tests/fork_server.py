@@ -55,6 +55,7 @@ class Server:
             after: kill it after so many seconds.
             line, files: at the so-maniest line run in these files of the project (default: in
                 those that train and write) ...
+            call: ... or when a function of this name is first called in them ...
             send: ... have it send itself these signals (default: SIGKILL), with seconds between;
                 or `raise` to have an exception there.
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
@@ -145,7 +146,7 @@ def child(arguments, plan):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if plan.get("deadly"):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    counted = trace(plan) if "line" in plan else [0]
+    counted = trace(plan) if {"line", "call"} & plan.keys() else [0]
     team.SILENCE = plan.get("patience", team.SILENCE)
     sys.argv = ["train.py", *arguments]
     try:
@@ -159,24 +160,35 @@ def child(arguments, plan):
 
 
 def trace(plan):
-    """Send signals at a line; gives the count of lines, in a list."""
+    """Send signals at a line or a call; gives the count of lines, in a list."""
     files = {str(ROOT / name) for name in plan.get("files", TRAINING)}
-    counted = [0]
+    counted, calls = [0], [plan.get("call")]
+
+    def act():
+        for name in plan.get("send", ["SIGKILL"]):
+            if name == "raise":
+                raise ArithmeticError("as planned")
+            if isinstance(name, str):
+                os.kill(os.getpid(), getattr(signal, name))
+            else:
+                time.sleep(name)
 
     def count(frame, event, _):
         if event == "line":
             counted[0] += 1
-            if counted[0] == plan["line"]:
-                for name in plan.get("send", ["SIGKILL"]):
-                    if name == "raise":
-                        raise ArithmeticError("as planned")
-                    if isinstance(name, str):
-                        os.kill(os.getpid(), getattr(signal, name))
-                    else:
-                        time.sleep(name)
+            if counted[0] == plan.get("line"):
+                act()
         return count
 
-    sys.settrace(lambda frame, event, _: count if frame.f_code.co_filename in files else None)
+    def enter(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        if frame.f_code.co_name in calls:
+            calls.clear()
+            act()
+        return count
+
+    sys.settrace(enter)
     return counted
 
 

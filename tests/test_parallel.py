@@ -138,6 +138,15 @@ def test_ranges_do_not_matter(server, alone, ranges):
     assert summary["parallel"] == {"processes": 2, "way": "modules", "ranges": ranges}
 
 
+def test_compiled(server):
+    """Steps compiled in one process and in two are the same code."""
+    method = [*METHODS["R0"], "--compile", "--epochs", "1"]
+    assert server.run(*TINY, *method, "--output_dir", "alone_compiled").status == 0
+    together(server, 2, "compiled", *method, "--module_ranges", "0-1", "2-3")
+    end, expected = (learned(server.folder / f) for f in ("compiled", "alone_compiled"))
+    assert end == expected
+
+
 # ---------------------------------------------------------------------------------------------
 # Stopped, and taken up again by another number of processes
 
@@ -161,6 +170,19 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(server, alone, name, a
     ended = server.run(*TINY, *method, "--output_dir", folder)
     assert ended.status == 0
     assert learned(server.folder / folder) == alone(name)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_during_the_last_evaluation(server, alone, asked):
+    """After it there are no steps to learn of that in, and the run is finished."""
+    folder = f"late_{asked}"
+    late = {asked: {"call": "reconstructed", "files": ["parallel.py"], "send": ["SIGTERM"]}}
+    how = [*METHODS["E"], "--epochs", "1"]
+    ended = together(server, 2, folder, *how, plans=late, status=143)
+    assert ended[0].err[-1] == "train.py: note: stopped by SIGTERM; the run is finished"
+    assert (server.folder / folder / "summary.json").exists()
+    again = together(server, 2, folder, *how, "--resume", "auto")
+    assert again[0].out[-1] == f"{folder} is finished: all 1 epochs are done"
 
 
 @pytest.mark.parametrize(("name", "line", "epoch"), [("E", 3000, 0), ("R4", 3000, 0),
@@ -215,6 +237,22 @@ def test_with_sync_bn_a_run_learns_what_one_process_does(server, name):
     assert without[0].out[3].endswith("BatchNorm takes statistics of its own part")
     other = learned(server.folder / f"{folder}_without")
     assert not torch.allclose(figures_of(other), figures_of(expected), rtol=1e-3)
+
+
+def test_stopped_after_the_last_step_of_an_epoch(server):
+    """Each process goes on with a share of the samples, and steps of the epoch are not left."""
+    method = [*METHODS["R1E"], "--sync_bn", "--epochs", "2"]
+    together(server, 2, "data_whole", *method, way=DATA)
+    method += ["--resume", "auto"]
+    stop = {1: {"call": "evaluated", "files": ["parallel.py"], "send": ["SIGTERM"]}}
+    together(server, 2, "data_parts", *method, way=DATA, plans=stop, status=143)
+    state = read_checkpoint(server.folder / "data_parts" / "checkpoint.pt")
+    assert (state.epoch, state.step) == (0, 8)
+    together(server, 2, "data_parts", *method, way=DATA)
+    end, expected = (learned(server.folder / f"data_{name}") for name in ("parts", "whole"))
+    assert torch.equal(figures_of(end), figures_of(expected))
+    row = json.loads((server.folder / "data_parts" / "metrics.jsonl").read_text().splitlines()[0])
+    assert min(row["rank_samples_per_second"]) > 0
 
 
 def test_a_batch_with_fewer_samples_than_processes(server):

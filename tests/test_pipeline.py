@@ -6,6 +6,7 @@ from collections import deque
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from configs import InputError
 from engine import Totals, make_optimizers, train_step
@@ -243,6 +244,19 @@ def test_what_is_in_flight_is_metered():
     with LiveBytes(link.in_flight()) as meter:
         pass
     assert meter.live == (1 + IN_FLIGHT) * 2 * 4 * 8 * 8 * 4
+
+
+def test_a_profiler_sees_no_transfer():
+    """torch would write its end into a record that is gone by then."""
+    kind = Kind((4, 8, 8), torch.float32, torch.contiguous_format)
+    link = Link(CPU, [kind], torch.erf, [kind], torch.erf)
+    h = torch.randn(2, 4, 8, 8)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        link.begin([2])
+        link.leave(h, Contexts(ContextMode.parse("R0"), h))
+        torch.sin(h)
+    names = {event.name for event in profiler.events()}
+    assert "aten::sin" in names and "aten::erf" not in names
 
 
 def test_a_stall_is_timed(monkeypatch):
