@@ -1,6 +1,7 @@
 """A process of several that fails, dies or hangs takes the run with it, and says why."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ import team
 from configs import InputError
 from dataloaders import ImageData, Split
 from models.checkpoint import read_checkpoint
-from parallel import Parallel
+from parallel import Parallel, ParallelTraining
 from team import SILENCE, Team, Watch, meet
 from training import Lost
 
@@ -310,6 +312,22 @@ def test_one_does_not_come(monkeypatch):
     monkeypatch.setattr(team, "WELCOME", timedelta(seconds=0.2))
     with pytest.raises(Lost, match=r"rank 0: of 2 processes only \[0\] have come"):
         meet(dist.HashStore(), 0, 2)
+
+
+def test_the_wait_for_the_word_of_rank_0_counts_as_a_stall():
+    log = []
+
+    @contextlib.contextmanager
+    def waiting():
+        log.append("waits")
+        yield
+        log.append("goes on")
+
+    way = SimpleNamespace(begin=log.append, next=lambda: log.append("next"), waiting=waiting())
+    one = SimpleNamespace(way=way, team=SimpleNamespace(signal=lambda: log.append("asks") or 0))
+    batches = SimpleNamespace(sizes=lambda: [2], epoch=lambda *_: ["batch"])
+    assert list(ParallelTraining.batches(one, batches, 0)) == ["batch"]
+    assert log == [[2], "next", "waits", "asks", "goes on"]
 
 
 # ---------------------------------------------------------------------------------------------
