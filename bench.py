@@ -168,8 +168,7 @@ def take_turn(
     team.way.begin([batch_size] * steps)
     began = time.perf_counter()
     for count in range(1, steps + 1):
-        with team.way.waiting:
-            team.signal()
+        team.signal()
         if count == steps:
             team.way.last()
         step()

@@ -62,6 +62,11 @@ class Parallel(Team):
         """This process's part of it."""
         return ParallelTraining(*arguments, team=self)
 
+    def signal(self) -> int:
+        """As `Team.signal`; to wait for it counts as stalled."""
+        with self.way.waiting:
+            return super().signal()
+
     def evaluate(self, network: ContSupNetwork, batches: Batches) -> Totals:
         """`engine.evaluate` of all modules and samples."""
         self.way.begin(batches.sizes())
@@ -242,8 +247,7 @@ class ParallelTraining(Training):
         self._began = time.perf_counter()
         for batch in batches.epoch(epoch, skip):
             self.way.next()
-            with self.way.waiting:
-                self.stopped = self.team.signal()
+            self.stopped = self.team.signal()
             if self.stopped:
                 self.way.last()
             yield batch

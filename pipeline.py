@@ -201,9 +201,9 @@ class Link(Ends):
 def unrecorded() -> Iterator[None]:
     """No profiler sees what is inside.
 
-    A transfer ends steps after the one in which it starts. Where a profiler watches either of them
-    (memory.py, `AllocatedBytes`), torch would write the end into the record of the first one, the
-    memory of which has been given back.
+    A transfer ends steps after the one in which it starts. Where each of them has a profiler of its
+    own (memory.py, `AllocatedBytes`), torch would write the end into the record of the first one,
+    the memory of which has been given back.
     """
     torch.autograd._enable_record_function(False)
     try:

@@ -218,20 +218,20 @@ def meet(store: dist.Store, rank: int, size: int) -> str:
     """Wait until all processes are here; gives a name that is of this meeting alone.
 
     torchrun may start them again (--max_restarts), not everywhere the same number of times, and its
-    store has what was there before. So each comes with a word of its own, and rank 0 says the name
-    to every word that it sees. Lost if one does not come, or if the store goes.
+    store has what was there before. So each comes with a new token, and rank 0 gives the name to
+    every token that it sees. Lost if one does not come within WELCOME, or if the store goes.
     """
-    word = name = uuid.uuid4().hex
+    token = name = uuid.uuid4().hex
     end = time.monotonic() + WELCOME.total_seconds()
     try:
-        store.set(f"word/{rank}", word)
+        store.set(f"token/{rank}", token)
         while True:
             if rank == 0:
                 for other in range(size):
-                    if store.check([f"word/{other}"]):
-                        store.set(f"name for {store.get(f'word/{other}').decode()}", name)
-            elif store.check([f"name for {word}"]):
-                name = store.get(f"name for {word}").decode()
+                    if store.check([f"token/{other}"]):
+                        store.set(f"name for {store.get(f'token/{other}').decode()}", name)
+            elif store.check([f"name for {token}"]):
+                name = store.get(f"name for {token}").decode()
             store.set(f"{name}/here/{rank}", "")
             here = [r for r in range(size) if store.check([f"{name}/here/{r}"])]
             if len(here) == size:

@@ -90,6 +90,8 @@ def check_figures_by_rank(folder, processes):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["peak_memory_bytes"] == max(rows[-1]["rank_peak_memory_bytes"])
     assert summary["parallel"]["processes"] == processes
+    how = summary["peak_memory_how"]
+    assert how.endswith(f"in that of {processes} processes which took most") == (processes > 1)
 
 
 def test_peaks_are_the_planned_ones(server, capsys, monkeypatch):

@@ -22,7 +22,7 @@ import team
 from configs import InputError
 from dataloaders import ImageData, Split
 from models.checkpoint import read_checkpoint
-from parallel import Parallel, ParallelTraining
+from parallel import Parallel
 from team import SILENCE, Team, Watch, meet
 from training import Lost
 
@@ -104,7 +104,9 @@ def test_a_loss_that_is_not_finite_on_another_rank(server):
     where = "the loss of module {} is not finite from step {} of epoch 1 on"
     module, step = (alone.err[0].split(f"{word} ")[1].split()[0] for word in ("module", "step"))
     assert where.format(module, step) in alone.err[0]
-    assert any(where.format(module, step) in line for line in errors(ended))
+    (said,) = [line for line in errors(ended) if where.format(module, step) in line]
+    assert ", or find the operation with --detect_anomaly;" in alone.err[0]
+    assert ", or find the operation with --detect_anomaly in one process" in said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,7 +316,8 @@ def test_one_does_not_come(monkeypatch):
         meet(dist.HashStore(), 0, 2)
 
 
-def test_the_wait_for_the_word_of_rank_0_counts_as_a_stall():
+def test_the_wait_for_the_word_of_rank_0_counts_as_a_stall(monkeypatch):
+    """It comes when rank 0 begins with a batch, which a faster process is ready for before."""
     log = []
 
     @contextlib.contextmanager
@@ -323,11 +326,22 @@ def test_the_wait_for_the_word_of_rank_0_counts_as_a_stall():
         yield
         log.append("goes on")
 
-    way = SimpleNamespace(begin=log.append, next=lambda: log.append("next"), waiting=waiting())
-    one = SimpleNamespace(way=way, team=SimpleNamespace(signal=lambda: log.append("asks") or 0))
-    batches = SimpleNamespace(sizes=lambda: [2], epoch=lambda *_: ["batch"])
-    assert list(ParallelTraining.batches(one, batches, 0)) == ["batch"]
-    assert log == [[2], "next", "waits", "asks", "goes on"]
+    monkeypatch.setattr(Team, "signal", lambda self: log.append("asks") or 15)
+    one = Alone(0)
+    one.way = SimpleNamespace(waiting=waiting())
+    assert one.signal() == 15
+    assert log == ["waits", "asks", "goes on"]
+
+
+@pytest.mark.parametrize(("machines", "seconds"), [("1", []), ("2", [2])])
+def test_who_fails_stays_until_other_machines_know(monkeypatch, machines, seconds):
+    """With it may go the store."""
+    slept, store = [], dist.HashStore()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    Watch(store, 1, 2).fail()
+    assert (slept, store.get("failed")) == (seconds, b"1")
+    assert Watch(store, 0, 2)._why() == ""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from argparse import Namespace
 from collections import deque
 
 import pytest
@@ -18,11 +19,13 @@ from pipeline import (
     IN_FLIGHT,
     Kind,
     Link,
+    Pipeline,
     Stalls,
     balanced_ranges,
     check_ranges,
     crossing,
     in_one_piece,
+    module_times,
 )
 
 CPU = torch.device("cpu")
@@ -270,8 +273,9 @@ def test_a_stall_is_timed(monkeypatch):
     assert stalls.taken() == 0.0
 
 
-def test_on_cuda_a_stall_is_the_streams(monkeypatch):
-    """Events are recorded around the wait, and read when they are asked for, not before."""
+@pytest.mark.parametrize("done", [False, True])
+def test_on_cuda_a_stall_is_the_streams(monkeypatch, done):
+    """Events are recorded around the wait, and read when they are over, or asked for."""
     log = []
 
     class Event:
@@ -282,7 +286,7 @@ def test_on_cuda_a_stall_is_the_streams(monkeypatch):
             log.append("record")
 
         def query(self):
-            return False
+            return done
 
         def synchronize(self):
             log.append("synchronize")
@@ -296,8 +300,20 @@ def test_on_cuda_a_stall_is_the_streams(monkeypatch):
         with stalls:
             log.append("wait")
     assert log == ["record", "wait", "record"] * 3
+    assert len(stalls._events) == (0 if done else 3)  # else they would pile up in an epoch
     assert stalls.taken() == 0.75
-    assert log[9:] == ["synchronize"] * 3
+    assert log[9:] == ["synchronize"] * (0 if done else 3)
+
+
+def test_what_stalls_a_pipeline_is_what_its_process_waits_for(monkeypatch):
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    team = Namespace(rank=0, size=1, is_first=True, device=CPU)
+    options = Namespace(module_ranges=None, evaluate=None, channels_last=False)
+    way = Pipeline(team, options, {**NET, "context_mode": "E"})
+    with way.waiting:
+        pass
+    assert way.stalled() == 2.5 and way.stalled() == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,10 +341,6 @@ def test_more_processes_than_modules():
 
 def test_a_module_that_is_slow_once_is_not_slow(monkeypatch):
     """Seconds are the least of the timed steps, module by module."""
-    from argparse import Namespace
-
-    from pipeline import module_times
-
     options = Namespace(channels_last=True, compile=False, batch_size=4)
     arguments = {**NET, "layers": 8, "local_module_num": 2, "num_classes": 10}
     readings = [0.0]  # when it began; then of each step whether it is late, its start, both ends
@@ -343,8 +355,6 @@ def test_a_module_that_is_slow_once_is_not_slow(monkeypatch):
 
 
 def test_sums_of_all_processes():
-    from pipeline import Pipeline
-
     parts = [
         {"losses": torch.tensor([1.0, 2.0]), "samples": 8, "steps": 2, "full": 4, "seconds": 2.0},
         {"losses": torch.tensor([3.0]), "samples": 8, "steps": 2, "full": 4, "seconds": 3.0},
