@@ -5,8 +5,8 @@
 # ./command.sh test    run the test suite
 # ./command.sh list    the paper's experiments and how many runs each has
 # ./command.sh table1 | table2 | table3 | figure4 | figure5 | table4 | all
-#                      train the runs of an experiment, then report.py runs
-# ./command.sh evidence DATA_DIR   fifteen short runs on images of your own, then report.py
+#                      train the runs of an experiment, then python -m report runs
+# ./command.sh evidence DATA_DIR   fifteen short runs on images of your own, then python -m report
 # What stands after the target goes to train.py, bench.py or pytest. With an experiment, --list
 # prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
 # of evidence 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs. A finished run is skipped, one
@@ -209,7 +209,7 @@ experiment() {
         esac
     done
     status=0
-    .venv/bin/python report.py runs || status=1
+    .venv/bin/python -m report runs || status=1
     if [ ${#failed[@]} -gt 0 ]; then
         status=1
         echo "command.sh: ${#failed[@]} of ${#calls[@]} runs failed:" >&2
@@ -248,10 +248,10 @@ check() {
     eval "set -- $1"
     .venv/bin/python -c '
 import sys
-from interrupts import INTERRUPTS
+from engine.signals import INTERRUPTS
 INTERRUPTS.install()
 from configs import InputError
-from options import read_options
+from engine.options import read_options
 sys.argv.pop(0)
 try:
     read_options(sys.argv[1:])
@@ -290,7 +290,7 @@ case "${1:-}" in
                 --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
                 .venv/bin/python -c '
 import json, sys
-from interrupts import INTERRUPTS
+from engine.signals import INTERRUPTS
 INTERRUPTS.install()
 plan = json.load(sys.stdin)
 whole, modules, peak = plan["end_to_end_peak_bytes"], len(plan["modules"]), plan["peak_bytes"]
@@ -303,7 +303,7 @@ print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f}
         prepare
         for run in "1 R0" "16 R0" "16 E" "16 R1E"; do
             echo "ResNet-32, K=${run% *}, ${run#* }"
-            .venv/bin/python bench.py --dataset cifar10 --layers 32 --batch_size 128 \
+            .venv/bin/python -m planning.bench --dataset cifar10 --layers 32 --batch_size 128 \
                 --local_module_num "${run% *}" --context_mode "${run#* }" \
                 --versus="--amp bf16" --versus="--amp bf16 --compile" "$@"
         done

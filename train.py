@@ -6,7 +6,7 @@ From top to bottom: what the options ask for (a plan, an evaluation, a run), a r
 data, and how the process ends. The epochs are in training.py, what an epoch does in engine.py.
 """
 
-from interrupts import INTERRUPTS, SIGNALS, Interrupted
+from engine.signals import INTERRUPTS, SIGNALS, Interrupted
 
 if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
@@ -27,9 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anomaly import Anomaly
 from configs import DATASETS, InputError, one_line
-from console import discard, headline, note, print_network, say, tolerant_output
 from dataloaders import (
     Batches,
     ImageData,
@@ -37,19 +35,28 @@ from dataloaders import (
     count_classes,
     load_dataset,
 )
-from engine import evaluate
-from memory import GIB, readable
+from engine.anomaly import Anomaly
+from engine.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
+from engine.console import discard, headline, note, print_network, say, tolerant_output
+from engine.device import (
+    CompileTime,
+    choose_device,
+    compile_errors,
+    device_name,
+    ready,
+    set_switches,
+)
+from engine.memory import GIB, readable
+from engine.options import NETWORK_OPTIONS, build_parser, read_options
+from engine.run_folder import RunFolder, run_folder
+from engine.step import evaluate
+from engine.training import Diverged, Elsewhere, Lost, Training
 from models import ContSupNetwork, build_network
-from models.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
-from options import NETWORK_OPTIONS, build_parser, read_options
-from partition import fewest_modules, smallest_peak
-from planner import make_plan, print_plan
-from run_folder import RunFolder, run_folder
-from speed import CompileTime, choose_device, compile_errors, device_name, ready, set_switches
-from training import Diverged, Elsewhere, Lost, Training
+from planning.partition import fewest_modules, smallest_peak
+from planning.plan import make_plan, print_plan
 
 if TYPE_CHECKING:
-    from parallel import Parallel
+    from parallel.training import Parallel
 
 # ---------------------------------------------------------------------------------------------
 # What is asked for
@@ -93,7 +100,7 @@ def one_speaks(this_one: bool) -> Iterator[None]:
 
 def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
     """`--parallel`: rank 0 does what is asked for, and has the others do it with it."""
-    from parallel import Parallel  # which nothing else needs
+    from parallel.training import Parallel  # which nothing else needs
 
     with Parallel(typed) as team:
         if team.is_first:
@@ -144,7 +151,7 @@ def plan(options: argparse.Namespace) -> None:
     made = make_plan(arguments, options.batch_size)
     contents = made.as_json()
     if options.parallel:
-        from parallel_plan import plan_processes, print_parallel_plan
+        from planning.pipeline_plan import plan_processes, print_parallel_plan
 
         parallel = plan_processes(options, made, arguments)
         contents["parallel"] = parallel.as_json()
@@ -475,7 +482,7 @@ def fail(status: int, reason: Exception | str) -> int:
 
 def end(status: int) -> None:
     """End the process; one of several that has failed, without waiting for its connections."""
-    if status and "parallel" in sys.modules:
+    if status and "parallel.training" in sys.modules:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
@@ -485,7 +492,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except Exception:
-        if "parallel" not in sys.modules:
+        if "parallel.training" not in sys.modules:
             raise
         traceback.print_exc()
         status = 1

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from configs import InputError
 from models.network import ContSupNetwork, LocalModule
 
 SAVED_PREFIX = "module."
@@ -74,3 +75,45 @@ def official_momentum(
         for number, state in optimizer["state"].items()
         if state.get("momentum_buffer") is not None
     }
+
+
+def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> None:
+    """Weights and BatchNorm statistics saved by the authors' release into `network`, in place.
+
+    Names that `network` has no use for are skipped: the release also saves encoders and decoders
+    that its run never used. Names may carry the `module.` of a saved checkpoint.
+
+    Raises InputError if a tensor is missing or has another shape; nothing is changed then.
+    """
+    network.load_state_dict(matched(network, state_dict, official=True))
+
+
+def matched(
+    network: ContSupNetwork, state_dict: dict[str, Tensor], official: bool
+) -> dict[str, Tensor]:
+    """The state dict by this project's names; InputError if it is of another network."""
+    if official:
+        state_dict = from_official(network, state_dict)
+    own = network.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state_dict]
+    wrong += [f"{name} is not in the network" for name in state_dict if name not in own]
+    wrong += [
+        f"{name} is {_kind(state_dict[name])} and should be {_kind(tensor)}"
+        for name, tensor in own.items()
+        if name in state_dict and not fits(state_dict[name], tensor)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise InputError(f"the checkpoint is of another architecture: {wrong[0]}{more}")
+    return state_dict
+
+
+def fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has the shape of one's own, and real numbers where that has them."""
+    real = tensor.is_floating_point() or not (own.is_floating_point() or tensor.is_complex())
+    return tensor.shape == own.shape and real
+
+
+def _kind(tensor: Tensor) -> str:
+    """Type and shape, in words."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

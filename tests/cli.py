@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import train
-from models.checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint
 
 
 def main(monkeypatch, capsys, *arguments, script=train):

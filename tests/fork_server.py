@@ -125,8 +125,8 @@ class Server:
 # ---------------------------------------------------------------------------------------------
 # The server's side
 
-TRAINING = ["train.py", "training.py", "engine.py", "run_folder.py", "board.py", "files.py",
-            "models/checkpoint.py"]  # fmt: skip
+TRAINING = ["train.py", "engine/training.py", "engine/step.py", "engine/run_folder.py",
+            "engine/tensorboard.py", "engine/files.py", "engine/checkpoint.py"]  # fmt: skip
 
 
 def child(arguments, plan):
@@ -136,9 +136,9 @@ def child(arguments, plan):
         path = plan.get(name, f"fork_server.{name}")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
-    import team
     import train
-    from interrupts import INTERRUPTS
+    from engine.signals import INTERRUPTS
+    from parallel import process_group as team
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind `pytest &`
     INTERRUPTS.install()

@@ -10,10 +10,10 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-import anomaly
-from anomaly import Anomaly, FirstAnomaly
-from engine import Totals, evaluate, make_optimizers, train_step
-from memory import LiveBytes
+from engine import anomaly
+from engine.anomaly import Anomaly, FirstAnomaly
+from engine.memory import LiveBytes
+from engine.step import Totals, evaluate, make_optimizers, train_step
 from models import build_network
 
 BIG = 3e38  # float32 goes to 3.4e38

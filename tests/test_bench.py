@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cli import main
 
-import bench
 from configs import InputError
-from models.checkpoint import Checkpoint, save_checkpoint
+from engine.checkpoint import Checkpoint, save_checkpoint
+from planning import bench
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(bench.__file__).parent.parent
 TINY = [
     "--layers", "8", "--local_module_num", "2", "--batch_size", "4", "--steps", "2",
     "--device", "cpu",
@@ -28,7 +28,10 @@ KEYS = {
 def call(*arguments):
     """Exit status, output and error lines."""
     done = subprocess.run(
-        [sys.executable, "bench.py", *arguments], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "planning.bench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     return done.returncode, done.stdout, done.stderr.splitlines()
 

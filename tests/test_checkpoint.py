@@ -13,12 +13,10 @@ import pytest
 import torch
 from cli import end_of, few_test_images, main
 
-import files
-import run_folder
-import training
 from configs import InputError
-from models.checkpoint import CannotSave, Checkpoint, read_checkpoint, save_checkpoint
-from options import read_options
+from engine import files, run_folder, training
+from engine.checkpoint import CannotSave, Checkpoint, read_checkpoint, save_checkpoint
+from engine.options import read_options
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -484,7 +482,8 @@ def nested(levels):
         {"totals": GOOD | {"losses": torch.full((2,), float("nan"), dtype=torch.float64)}},
         {"totals": GOOD | {"steps": "2"}},
         {"peak": {"bytes": "1", "largest": 1, "steps": 1, "how":
-                  "live tensor storage counted by memory.py in the first two full training steps"}},
+                  "live tensor storage counted by engine/memory.py in the first "
+                  "two full training steps"}},
         {"peak": {"bytes": 1e308, "largest": 1, "steps": 1, "how": ""}},
         {"momentum": {"unknown": torch.zeros(1)}},
     ],

@@ -15,10 +15,10 @@ import pytest
 
 import train
 from configs import choose_cuts
-from grids import TABLES
-from options import read_options
-from results import Method
-from run_folder import run_name
+from engine.options import read_options
+from engine.run_folder import run_name
+from report.results import Method
+from report.tables import TABLES
 
 ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
@@ -37,7 +37,7 @@ if [ -n "$WAITS" ]; then # until it is told to stop, for which it takes some tim
     while :; do sleep 0.05; done
 fi
 case "$*" in
-    *report.py*) exit ${{REPORT:-0}} ;;
+    *"-m report"*) exit ${{REPORT:-0}} ;;
     *"$FAILS"*) exit ${{STATUS:-2}} ;;
 esac
 """
@@ -179,7 +179,7 @@ def test_one_failed_run_does_not_stop_the_rest(clone, status):
     *runs, last = calls_in(clone)
     assert [run.split("--context_mode ")[1].split()[0] for run in runs] == ["R0", "E", "R1", "R1E"]
     assert all("--batch_size 64" in run and run.endswith("--resume auto") for run in runs)
-    assert last == "report.py runs"
+    assert last == "-m report runs"
     named = done.stderr.splitlines()
     assert named[0] == "command.sh: 1 of 4 runs failed:"
     assert len(named) == 2
@@ -288,7 +288,7 @@ def test_a_dry_run_plans_each_once(clone):
     assert command("table1", "--dry_run", cwd=clone, FAILS="-", SEEDS=" 4 5").returncode == 1
     *runs, last = calls_in(clone)
     assert [run.split(" --seed ")[1] for run in runs] == ["4 --dry_run --save_plan"] * 4
-    assert last == "report.py runs"
+    assert last == "-m report runs"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fork_server import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dataloaders
-import provenance
+from engine import provenance
 from models.grouped import _pool_backward, pool
 
 TINY = [
@@ -111,7 +111,7 @@ def test_no_step_adds_in_any_order_on_cuda(here, group):
     """The operations of a step on fake CUDA tensors: none of those that CUDA has no order for."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from engine import Totals, make_optimizers, train_step
+    from engine.step import Totals, make_optimizers, train_step
     from models import build_network
 
     seen = set()
@@ -146,7 +146,7 @@ def test_what_has_no_deterministic_algorithm_ends_the_run(here, monkeypatch, cap
     def put(*_):
         torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
 
-    monkeypatch.setattr("training.evaluate", put)
+    monkeypatch.setattr("engine.training.evaluate", put)
     status, _, err = main(monkeypatch, capsys, *TINY, "--deterministic")
     assert status == 2
     assert err == [
@@ -205,7 +205,7 @@ def test_without_git(tmp_path, monkeypatch):
 
 def test_a_run_says_what_made_it(here, monkeypatch, capsys):
     state = {"commit": "c0ffee", "dirty": True}
-    monkeypatch.setattr("run_folder.git_state", lambda: state)
+    monkeypatch.setattr("engine.run_folder.git_state", lambda: state)
     method = [*TINY, "--output_dir", "run", "--seed", "7"]
     assert main(monkeypatch, capsys, *method)[0] == 0
     Path("run/summary.json").unlink()

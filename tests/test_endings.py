@@ -19,13 +19,13 @@ from cli import end_of, main
 from fork_server import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import board
-import engine
-import run_folder
 import train
-from interrupts import INTERRUPTS, Interrupts
-from models.checkpoint import read_checkpoint, save_checkpoint
-from speed import compile_errors
+from engine import run_folder
+from engine import step as engine
+from engine import tensorboard as board
+from engine.checkpoint import read_checkpoint, save_checkpoint
+from engine.device import compile_errors
+from engine.signals import INTERRUPTS, Interrupts
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -41,7 +41,9 @@ def whole(server):
 
 def stopped_early(server, name):
     """A run that was stopped in its first epoch or soon after; gives its checkpoint."""
-    ended = server.run(*TINY, "--output_dir", name, line=300, files=["engine.py"], send=["SIGTERM"])
+    ended = server.run(
+        *TINY, "--output_dir", name, line=300, files=["engine/step.py"], send=["SIGTERM"]
+    )
     assert ended.status == 143
     checkpoint = server.folder / name / "checkpoint.pt"
     assert read_checkpoint(checkpoint).epoch <= 1
@@ -57,7 +59,7 @@ def test_a_second_signal_stops_at_once(server):
     for first, second, status in (("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)):
         ended = server.run(
             *TINY, "--output_dir", "twice", "--resume", "auto",
-            line=300, files=["engine.py"], send=[first, 0.6, second],
+            line=300, files=["engine/step.py"], send=[first, 0.6, second],
         )  # fmt: skip
         assert (ended.status, ended.err[-1]) == (status, "stopped at once")
         assert checkpoint.read_bytes() == before
@@ -66,7 +68,7 @@ def test_a_second_signal_stops_at_once(server):
 def test_the_same_signal_by_two_ways_is_one(server, whole):
     """As command.sh hands it on, and a scheduler sends it to all processes of a job."""
     method = [*TINY, "--output_dir", "both_ways", "--resume", "auto"]
-    both = {"line": 300, "files": ["engine.py"], "send": ["SIGTERM", "SIGTERM"]}
+    both = {"line": 300, "files": ["engine/step.py"], "send": ["SIGTERM", "SIGTERM"]}
     ended = server.run(*method, **both)
     assert (ended.status, len(ended.err)) == (143, 3)
     assert "continue with --resume both_ways/checkpoint.pt" in ended.err[-1]
@@ -76,12 +78,14 @@ def test_the_same_signal_by_two_ways_is_one(server, whole):
 
 def test_a_signal_after_the_last_step_stops_what_comes_next(server, whole):
     method = [*TINY, "--output_dir", "last"]
-    ended = server.run(*method, line=1, files=["provenance.py"], send=["SIGINT"])
+    ended = server.run(*method, line=1, files=["engine/provenance.py"], send=["SIGINT"])
     assert ended.status == 130  # before the first step: nothing there
     shutil.rmtree(server.folder / "last")
-    lines = server.run(*method, line=0, files=["files.py"]).lines
+    lines = server.run(*method, line=0, files=["engine/files.py"]).lines
     shutil.rmtree(server.folder / "last")
-    ended = server.run(*method, line=lines - 5, files=["files.py"], send=["SIGINT"])  # summary.json
+    ended = server.run(
+        *method, line=lines - 5, files=["engine/files.py"], send=["SIGINT"]
+    )  # summary.json
     assert ended.status == 130
     assert ended.err[-1] == "train.py: note: stopped by SIGINT; the run is finished"
     assert end_of(server.folder / "last") == whole
@@ -404,7 +408,7 @@ def test_detect_anomaly_changes_no_run(here, monkeypatch, capsys):
 
 def test_a_second_run_into_a_folder_is_refused(server, whole):
     method = [*TINY, "--output_dir", "shared"]
-    owner = server.start(*method, line=300, files=["engine.py"], send=["SIGSTOP"])
+    owner = server.start(*method, line=300, files=["engine/step.py"], send=["SIGSTOP"])
     state = Path(f"/proc/{owner}/stat")
     deadline = time.monotonic() + 60
     while state.read_text().split()[2] != "T":
@@ -425,7 +429,7 @@ def test_a_second_run_into_a_folder_is_refused(server, whole):
 def test_runs_that_share_their_checkpoints_folder(server):
     """Another run folder, but the same --checkpoint."""
     shared = ["--checkpoint", str(server.folder / "both")]
-    hold = {"line": 300, "files": ["engine.py"], "send": ["SIGSTOP"]}
+    hold = {"line": 300, "files": ["engine/step.py"], "send": ["SIGSTOP"]}
     owner = server.start(*TINY, "--output_dir", "first", *shared, **hold)
     state, deadline = Path(f"/proc/{owner}/stat"), time.monotonic() + 60
     while state.read_text().split()[2] != "T":
@@ -513,8 +517,8 @@ def test_a_compiler_that_ctrl_c_reached_too(here, monkeypatch, capsys):
 
 def test_a_signal_while_the_first_step_compiles_ends_at_once(monkeypatch):
     ends = []
-    monkeypatch.setattr("interrupts.os._exit", ends.append)
-    monkeypatch.setattr("interrupts.os.write", lambda *_: 0)
+    monkeypatch.setattr("engine.signals.os._exit", ends.append)
+    monkeypatch.setattr("engine.signals.os.write", lambda *_: 0)
     interrupts = Interrupts()
     with interrupts.held(at_once=False):
         interrupts.handle(signal.SIGTERM)
@@ -541,7 +545,7 @@ def test_each_module_draws_from_a_seed_of_its_own_in_each_step(here, monkeypatch
 def test_the_time_of_an_epoch_is_that_of_its_parts(server):
     """Of an epoch whose first steps took 1,000 s, as the checkpoint has it."""
     method = [*TINY, "--output_dir", "timed", "--resume", "auto"]
-    ended = server.run(*method, line=200, files=["engine.py"], send=["SIGTERM"])
+    ended = server.run(*method, line=200, files=["engine/step.py"], send=["SIGTERM"])
     assert ended.status == 143
     path = server.folder / "timed/checkpoint.pt"
     state = read_checkpoint(path)

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from configs import DATASETS, InputError, one_line
+from engine.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint
+from engine.options import NETWORK_OPTIONS, as_arguments, build_parser, read_options
 from models import build_network
-from models.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint
-from options import NETWORK_OPTIONS, as_arguments, build_parser, read_options
 
 PROPERTY = settings(
     deadline=None, derandomize=True, max_examples=500, database=None,

@@ -10,7 +10,7 @@ from golden import fill
 from test_network import tiny, tiny_batch
 
 import models
-from engine import make_optimizers
+from engine.step import make_optimizers
 from models.official import official_names
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs import InputError
-from memory import LiveBytes
+from engine.memory import LiveBytes
 from models import build_network
 from models.context import ImageEncoder, RecentEncoder
 

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from engine import tensors_alive
-from memory import LiveBytes, PeakMemory, readable
+from engine.memory import LiveBytes, PeakMemory, readable
+from engine.step import tensors_alive
 from models import build_network
 
 KIB = 1024

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch._dynamo
 
-import memory
-from engine import Totals, make_optimizers, tensors_alive, train_step
-from memory import AllocatedBytes, PeakMemory
+from engine import memory
+from engine.device import ready
+from engine.memory import AllocatedBytes, PeakMemory
+from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
-from speed import ready
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_peak_of_steps_by_either_meter():
 FAULTS = """
 import resource, sys
 import torch
-from memory import keep_heap
+from engine.memory import keep_heap
 
 if sys.argv[1] == "keep":
     print(keep_heap())

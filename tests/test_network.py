@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import losses
 from configs import BALANCED_CUTS, EQUAL_CUTS, InputError, choose_cuts, unit_names
-from memory import LiveBytes
+from engine.memory import LiveBytes
 from models import build_network
 from models.auxiliary import auxiliary_head
 

@@ -7,7 +7,7 @@ import torch
 from cli import end_of, main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
@@ -158,7 +158,7 @@ def test_compiled(server):
 def test_a_signal_to_one_stops_all_and_any_number_goes_on(server, alone, name, asked):
     """Two are stopped, then four, and one ends the run."""
     folder, method = f"stopped_{name}_{asked}", [*METHODS[name], "--resume", "auto"]
-    stop = {asked: {"line": 300, "files": ["engine.py"], "send": ["SIGTERM"]}}
+    stop = {asked: {"line": 300, "files": ["engine/step.py"], "send": ["SIGTERM"]}}
     steps = []
     for processes, ranges in ((2, ["0-1", "2-3"]), (4, ["0", "1", "2", "3"])):
         how = [*method, "--module_ranges", *ranges]
@@ -178,7 +178,9 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(server, alone, name, a
 def test_a_signal_during_the_last_evaluation(server, alone, asked):
     """After it there are no steps to learn of that in, and the run is finished."""
     folder = f"late_{asked}"
-    late = {asked: {"call": "reconstructed", "files": ["parallel.py"], "send": ["SIGTERM"]}}
+    late = {
+        asked: {"call": "reconstructed", "files": ["parallel/training.py"], "send": ["SIGTERM"]}
+    }
     how = [*METHODS["E"], "--epochs", "1"]
     ended = together(server, 2, folder, *how, plans=late, status=143)
     assert ended[0].err[-1] == "train.py: note: stopped by SIGTERM; the run is finished"
@@ -193,7 +195,7 @@ def test_a_checkpoint_within_an_epoch(server, alone, name, line, epoch):
     """One process leaves it; two go on from it, and save often. Both know the best epoch so far."""
     folder = f"every_{name}_{epoch}"
     method = [*METHODS[name], "--resume", "auto", "--checkpoint_every", "3"]
-    killed = server.run(*TINY, *method, "--output_dir", folder, line=line, files=["engine.py"])
+    killed = server.run(*TINY, *method, "--output_dir", folder, line=line, files=["engine/step.py"])
     assert killed.status == -9
     state = read_checkpoint(server.folder / folder / "checkpoint.pt")
     assert state.epoch == epoch and state.step in (3, 6)
@@ -225,7 +227,7 @@ def test_with_sync_bn_a_run_learns_what_one_process_does(server, name):
     alone = [*TINY, *DATA[2:], *method, "--output_dir", f"alone_data_{name}"]
     assert server.run(*alone).status == 0
     folder = f"data_{name}"
-    stop = {0: {"line": 5200, "files": ["engine.py"], "send": ["SIGTERM"]}}
+    stop = {0: {"line": 5200, "files": ["engine/step.py"], "send": ["SIGTERM"]}}
     together(server, 2, folder, *method, "--sync_bn", way=DATA, plans=stop, status=143)
     state = read_checkpoint(server.folder / folder / "checkpoint.pt")
     assert state.epoch and state.step
@@ -246,7 +248,7 @@ def test_stopped_after_the_last_step_of_an_epoch(server):
     method = [*METHODS["R1E"], "--sync_bn", "--epochs", "2"]
     together(server, 2, "data_whole", *method, way=DATA)
     method += ["--resume", "auto"]
-    stop = {1: {"call": "evaluated", "files": ["parallel.py"], "send": ["SIGTERM"]}}
+    stop = {1: {"call": "evaluated", "files": ["parallel/training.py"], "send": ["SIGTERM"]}}
     together(server, 2, "data_parts", *method, way=DATA, plans=stop, status=143)
     state = read_checkpoint(server.folder / "data_parts" / "checkpoint.pt")
     assert (state.epoch, state.step) == (0, 8)

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from fork_server import ROOT
 
-import team
 from configs import InputError
 from dataloaders import ImageData, Split
-from models.checkpoint import read_checkpoint
-from parallel import Parallel
-from team import SILENCE, Team, Watch, meet
-from training import Lost
+from engine.checkpoint import read_checkpoint
+from engine.training import Lost
+from parallel import process_group as team
+from parallel.process_group import SILENCE, Team, Watch, meet
+from parallel.training import Parallel
 
 RUN = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
@@ -45,7 +45,7 @@ def test_one_dies_and_all_end(server, rank, how):
     """In the middle of a step, after checkpoints."""
     folder = f"dies_{rank}_{how}"
     # Rank 0 comes to so many lines later: it writes the checkpoints.
-    plan = {rank: {"line": 3000 if rank else 4000, "files": ["engine.py"], "send": [how]}}
+    plan = {rank: {"line": 3000 if rank else 4000, "files": ["engine/step.py"], "send": [how]}}
     began = time.monotonic()
     ended = server.run_together(
         3, *RUN, "--module_ranges", "0-1", "2", "3", "--output_dir", folder, plans=plan
@@ -64,7 +64,7 @@ def test_one_dies_and_all_end(server, rank, how):
 
 def test_the_store_dies_with_rank_0(server):
     """As without torchrun, or where that dies too."""
-    plan = {0: {"line": 4000, "files": ["engine.py"]}}
+    plan = {0: {"line": 4000, "files": ["engine/step.py"]}}
     began = time.monotonic()
     ended = server.run_together(
         2, *RUN, *HALVES, "--output_dir", "no_store", plans=plan, keeps_store=False

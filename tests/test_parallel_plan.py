@@ -10,13 +10,13 @@ from PIL import Image
 
 from configs import DATASETS, InputError
 from dataloaders import count_images, load_dataset
-from engine import Totals, make_optimizers, tensors_alive, train_step
-from memory import LiveBytes
+from engine.memory import LiveBytes
+from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
-from parallel_plan import Speeds, ends_of_epoch, make_parallel_plan, processes_asked
-from pipeline import IN_FLIGHT, Link, crossing
-from planner import make_plan
-from results import read_records
+from parallel.pipeline import IN_FLIGHT, Link, crossing
+from planning.pipeline_plan import Speeds, ends_of_epoch, make_parallel_plan, processes_asked
+from planning.plan import make_plan
+from report.results import read_records
 
 BATCH = 8
 TINY = {"layers": 14, "local_module_num": 4, "image_size": 16, "context_mode": "R0"}

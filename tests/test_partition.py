@@ -9,15 +9,15 @@ import pytest
 from cli import main
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import options
-import partition
 import train
 from configs import BALANCED_CUTS, InputError, choose_cuts, unit_names
+from engine import options
+from engine.checkpoint import read_checkpoint
+from engine.run_folder import run_name
 from models import build_network
-from models.checkpoint import read_checkpoint
-from partition import Costs, fewest_modules, metered_peak, smallest_peak
-from planner import fake_batch, step_peaks
-from run_folder import run_name
+from planning import partition
+from planning.partition import Costs, fewest_modules, metered_peak, smallest_peak
+from planning.plan import fake_batch, step_peaks
 
 BATCH = 512
 NETWORK = {

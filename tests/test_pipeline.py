@@ -10,12 +10,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from configs import InputError
-from engine import Totals, make_optimizers, train_step
-from memory import LiveBytes
+from engine.memory import LiveBytes
+from engine.step import Totals, make_optimizers, train_step
 from models import build_network
 from models.context import ContextMode, Contexts
 from models.network import Ends
-from pipeline import (
+from parallel.pipeline import (
     IN_FLIGHT,
     Kind,
     Link,
@@ -158,7 +158,7 @@ def test_waiting_for_another_process_is_a_stall(monkeypatch):
     wire = Wire()
     link = Link(CPU, [kind], wire.receive, [kind], wire.send)
     clock = itertools.count()
-    monkeypatch.setattr("pipeline.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("parallel.pipeline.time.perf_counter", lambda: float(next(clock)))
     link.begin([2, 2])
     wire.sent.append(torch.ones(2, 4, 8, 8))
     h, contexts = link.enter(ContextMode.parse("R0"), torch.randn(2, 3, 8, 8))
@@ -264,7 +264,7 @@ def test_a_profiler_sees_no_transfer():
 
 def test_a_stall_is_timed(monkeypatch):
     clock = iter([1.0, 3.5, 10.0, 10.5])
-    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("parallel.pipeline.time.perf_counter", lambda: next(clock))
     stalls = Stalls(CPU)
     for _ in range(2):
         with stalls:
@@ -307,7 +307,7 @@ def test_on_cuda_a_stall_is_the_streams(monkeypatch, done):
 
 def test_what_stalls_a_pipeline_is_what_its_process_waits_for(monkeypatch):
     clock = iter([1.0, 3.5])
-    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("parallel.pipeline.time.perf_counter", lambda: next(clock))
     team = Namespace(rank=0, size=1, is_first=True, device=CPU)
     options = Namespace(module_ranges=None, evaluate=None, channels_last=False)
     way = Pipeline(team, options, {**NET, "context_mode": "E"})
@@ -350,7 +350,7 @@ def test_a_module_that_is_slow_once_is_not_slow(monkeypatch):
         readings += [start] * (step >= 5) + [start, start + took[0], start + sum(took)]
         readings[0] = 0.0
     clock = iter([r / 1000 for r in readings])
-    monkeypatch.setattr("pipeline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("parallel.pipeline.time.perf_counter", lambda: next(clock))
     assert module_times(arguments, options, CPU) == pytest.approx([0.002, 0.003])
 
 

@@ -9,12 +9,12 @@ from cli import main
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
-import planner
 import train
-from engine import Totals, make_optimizers, tensors_alive, train_one_epoch, train_step
-from memory import LiveBytes, PeakMemory
+from engine.memory import LiveBytes, PeakMemory
+from engine.step import Totals, make_optimizers, tensors_alive, train_one_epoch, train_step
 from models import LocalModule, build_network
-from planner import make_plan
+from planning import plan as planner
+from planning.plan import make_plan
 
 BATCH = 32
 TINY = {"layers": 14, "local_module_num": 4, "image_size": 16, "context_mode": "R0"}

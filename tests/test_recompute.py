@@ -8,9 +8,9 @@ import torch
 from test_network import tiny, tiny_batch
 from torch import nn
 
-import engine
 from configs import InputError
-from memory import LiveBytes
+from engine import step as engine
+from engine.memory import LiveBytes
 from models import build_network
 
 DECODERS = {"h_reconstruct": True, "loss_scale": (1, 1, 1, 1)}

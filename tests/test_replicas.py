@@ -18,9 +18,9 @@ import torch.multiprocessing as multiprocessing
 import losses
 from configs import DATASETS, InputError
 from dataloaders import Batches, Split, share_sizes
-from engine import Totals, make_optimizers, train_step
+from engine.step import Totals, make_optimizers, train_step
 from models import build_network
-from replicas import Replicas
+from parallel.data_parallel import Replicas
 
 CPU = torch.device("cpu")
 SIZE, BATCH, SAMPLES, LR = 8, 7, 18, 0.1  # batches of 7 and 4, of which 2 and 3 have uneven parts

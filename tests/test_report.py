@@ -16,12 +16,12 @@ import pytest
 from cli import main
 from matplotlib.image import imread
 
-import figures
-import report
 from configs import choose_cuts
-from grids import TABLES, fill_grids, group_records
-from report_figures import draw_figures, file_name
-from results import Setting, make_cell, read_records
+from report import __main__ as report
+from report import figures
+from report.report_figures import draw_figures, file_name
+from report.results import Setting, make_cell, read_records
+from report.tables import TABLES, fill_grids, group_records
 
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "runs", HERE / "expected"

@@ -6,7 +6,7 @@ import signal
 import pytest
 from cli import end_of
 
-from models.checkpoint import read_checkpoint
+from engine.checkpoint import read_checkpoint
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
@@ -51,7 +51,7 @@ def moments(lines):
     writing of files, and in the middle of a write.
     """
     chance = random.Random(0)
-    files = ["files.py", "models/checkpoint.py"]
+    files = ["engine/files.py", "engine/checkpoint.py"]
     plans = [
         *({"after": chance.uniform(0.05, 0.7)} for _ in range(5)),
         *({"line": chance.randrange(1, lines)} for _ in range(5)),
@@ -100,7 +100,7 @@ def test_stopped_by_a_signal_again_and_again(server, whole, kind):
     while not statuses or statuses[-1]:
         name, status = chance.choice([("SIGINT", 130), ("SIGTERM", 143)])
         line = chance.randrange(100, 700)
-        ended = server.run(*method, line=line, files=["engine.py"], send=[name])
+        ended = server.run(*method, line=line, files=["engine/step.py"], send=[name])
         statuses.append(ended.status)
         assert len(statuses) < 100
         if ended.status:

@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import models.grouped
-import speed
-import training
 from configs import InputError
 from dataloaders import load_dataset
-from engine import LocalSGD, Totals, evaluate, make_optimizers, train_one_epoch, train_step
-from memory import PeakMemory
+from engine import device as speed
+from engine import training
+from engine.checkpoint import read_checkpoint, save_checkpoint
+from engine.device import memory_format, ready
+from engine.memory import PeakMemory
+from engine.step import LocalSGD, Totals, evaluate, make_optimizers, train_one_epoch, train_step
 from models import ContSupNetwork, build_network
-from models.checkpoint import read_checkpoint, save_checkpoint
-from speed import memory_format, ready
 
 CPU = torch.device("cpu")
 DECODERS = {"h_reconstruct": True, "loss_scale": (1, 1, 1, 1)}

@@ -18,17 +18,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-import engine
-import figures
 import models
 import train
-import training
-from board import Board
-from interrupts import INTERRUPTS
-from models.checkpoint import load_momentum, momentum_by_name, read_checkpoint
+from engine import step as engine
+from engine import training
+from engine.checkpoint import load_momentum, momentum_by_name, read_checkpoint
+from engine.options import build_parser, read_options
+from engine.run_folder import LOCK, RunFolder, run_name
+from engine.signals import INTERRUPTS
+from engine.tensorboard import Board
 from models.official import official_names
-from options import build_parser, read_options
-from run_folder import LOCK, RunFolder, run_name
+from report import figures
 
 TINY_NET = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",

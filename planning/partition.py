@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Cut, InputError, choose_cuts, published_loss_scale
-from memory import LiveBytes, readable
+from engine.memory import LiveBytes, readable
 from models import LocalModule, build_network
 from models.context import ContextMode, Contexts, ContextSupply
 from models.recompute import keep_input_only
-from planner import END_TO_END, fake_batch, step_peaks
+from planning.plan import END_TO_END, fake_batch, step_peaks
 
 Shape = tuple[int, int]
 """Channels and side length of features."""

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import InputError, one_line
-from console import say
-from interrupts import INTERRUPTS, Interrupted
-from models.checkpoint import CannotSave
-from speed import choose_device
-from training import Diverged, Elsewhere, Lost
+from engine.checkpoint import CannotSave
+from engine.console import say
+from engine.device import choose_device
+from engine.signals import INTERRUPTS, Interrupted
+from engine.training import Diverged, Elsewhere, Lost
 
 T = TypeVar("T")
 

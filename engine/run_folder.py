@@ -21,13 +21,12 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from board import Board
 from configs import InputError, one_line
-from console import note
-from files import write_json, write_text
-from memory import PeakMemory
-from models.checkpoint import CannotSave, Checkpoint, Unreadable, read_checkpoint
-from options import (
+from engine.checkpoint import CannotSave, Checkpoint, Unreadable, read_checkpoint
+from engine.console import note
+from engine.files import write_json, write_text
+from engine.memory import PeakMemory
+from engine.options import (
     MEMORY_AND_SPEED,
     NOT_OF_THE_LEARNING,
     NOT_OF_THE_RUN,
@@ -35,7 +34,8 @@ from options import (
     data_name,
     fill_in,
 )
-from provenance import git_state, versions
+from engine.provenance import git_state, versions
+from engine.tensorboard import Board
 
 LOCK = ".lock"
 """File in a run folder with the pid of the process that trains into it."""

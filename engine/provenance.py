@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torchvision
 
-CODE = Path(__file__).resolve().parent
+CODE = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str]:

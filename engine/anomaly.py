@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 OVERWRITES = {"copy_": "self"}
 """Operations that write all of an argument and read none of it, though it may be new memory."""

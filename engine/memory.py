@@ -122,7 +122,8 @@ class PeakMemory:
         self._meter, self._watched = LiveBytes, tuple(range(1, steps + 1))
         count = {2: "two", 3: "three"}.get(steps, steps)
         self.how = (
-            f"live tensor storage counted by memory.py in the first {count} full training steps"
+            "live tensor storage counted by engine/memory.py in the first "
+            f"{count} full training steps"
         )
         if device.type == "cuda":
             self.how = "torch.cuda.max_memory_allocated over all training steps"

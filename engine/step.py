@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memory import PeakMemory
+from engine.memory import PeakMemory
 from models import ContSupNetwork, LocalModule
 
 

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from configs import InputError, blocks_per_stage, one_line
-from files import replacing
+from engine.files import replacing
 from models.build import build_network
 from models.network import ContSupNetwork
-from models.official import from_official, is_official, official_momentum
+from models.official import (
+    fits,
+    from_official,
+    is_official,
+    matched,
+    official_momentum,
+)
 
 FORMAT = "contsup-1"
 
@@ -274,7 +280,7 @@ def check_weights(checkpoint: Checkpoint, arguments: dict[str, object]) -> None:
             f"{blocks} blocks"
         )
     with torch.device("meta"):
-        _own_names(build_network(**arguments), checkpoint)
+        matched(build_network(**arguments), checkpoint.state_dict, checkpoint.official)
 
 
 def load_weights(network: ContSupNetwork, checkpoint: Checkpoint) -> None:
@@ -282,18 +288,7 @@ def load_weights(network: ContSupNetwork, checkpoint: Checkpoint) -> None:
 
     Raises InputError if they are of another architecture; nothing is changed then.
     """
-    network.load_state_dict(_own_names(network, checkpoint))
-
-
-def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> None:
-    """Weights and BatchNorm statistics saved by the authors' release into `network`, in place.
-
-    Names that `network` has no use for are skipped: the release also saves encoders and decoders
-    that its run never used. Names may carry the `module.` of a saved checkpoint.
-
-    Raises InputError if a tensor is missing or has another shape; nothing is changed then.
-    """
-    load_weights(network, Checkpoint(0, state_dict, {}, {}, [], official=True))
+    network.load_state_dict(matched(network, checkpoint.state_dict, checkpoint.official))
 
 
 def load_momentum(
@@ -310,7 +305,7 @@ def load_momentum(
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, buffer in momentum.items():
         parameter = parameters.get(name)
-        if parameter is None or not _fits(buffer, parameter):
+        if parameter is None or not fits(buffer, parameter):
             raise InputError(f"the checkpoint's momentum of {name} is of another architecture")
         if parameter in owner:
             # In the parameter's memory format, which a fused step takes for granted.
@@ -328,33 +323,3 @@ def momentum_by_name(
         for name, parameter in network.named_parameters()
         if parameter in state
     }
-
-
-def _own_names(network: ContSupNetwork, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The state dict by this project's names; InputError if it is of another network."""
-    state_dict = checkpoint.state_dict
-    if checkpoint.official:
-        state_dict = from_official(network, state_dict)
-    own = network.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state_dict]
-    wrong += [f"{name} is not in the network" for name in state_dict if name not in own]
-    wrong += [
-        f"{name} is {_kind(state_dict[name])} and should be {_kind(tensor)}"
-        for name, tensor in own.items()
-        if name in state_dict and not _fits(state_dict[name], tensor)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InputError(f"the checkpoint is of another architecture: {wrong[0]}{more}")
-    return state_dict
-
-
-def _fits(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor has the shape of one's own, and real numbers where that has them."""
-    real = tensor.is_floating_point() or not (own.is_floating_point() or tensor.is_complex())
-    return tensor.shape == own.shape and real
-
-
-def _kind(tensor: Tensor) -> str:
-    """Type and shape, in words."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

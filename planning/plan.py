@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Cut
-from engine import Totals, make_optimizers, tensors_alive, train_step
-from memory import MIB, LiveBytes, readable
+from engine.memory import MIB, LiveBytes, readable
+from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import ContSupNetwork, build_network
 
 END_TO_END = {

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import losses
 from configs import InputError
 from dataloaders import share_sizes
+from engine.checkpoint import Checkpoint
 from models import ContSupNetwork, LocalModule
-from models.checkpoint import Checkpoint
 from models.norm_relu import Kernels, OfRanks, move_running
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from configs import InputError, balanced_cuts_are_equal, choose_cuts
-from results import Cell, Method, Record, Setting, make_cell
+from report.results import Cell, Method, Record, Setting, make_cell
 
 
 class Row(NamedTuple):

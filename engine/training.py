@@ -11,11 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anomaly import FirstAnomaly
 from configs import InputError, one_line
-from console import Progress, print_epoch, print_summary
 from dataloaders import Batches, epoch_seed
-from engine import (
+from engine.anomaly import FirstAnomaly
+from engine.checkpoint import (
+    CannotSave,
+    Checkpoint,
+    load_momentum,
+    momentum_by_name,
+    save_checkpoint,
+)
+from engine.console import Progress, print_epoch, print_summary
+from engine.device import CompileTime, compile_errors, device_name
+from engine.memory import PeakMemory
+from engine.options import MEMORY_AND_SPEED, OF_THE_STEPS
+from engine.run_folder import RunFolder, is_same
+from engine.signals import INTERRUPTS, Interrupted
+from engine.step import (
     Totals,
     evaluate,
     learning_rate,
@@ -24,19 +36,7 @@ from engine import (
     state_of,
     train_one_epoch,
 )
-from interrupts import INTERRUPTS, Interrupted
-from memory import PeakMemory
 from models import ContSupNetwork
-from models.checkpoint import (
-    CannotSave,
-    Checkpoint,
-    load_momentum,
-    momentum_by_name,
-    save_checkpoint,
-)
-from options import MEMORY_AND_SPEED, OF_THE_STEPS
-from run_folder import RunFolder, is_same
-from speed import CompileTime, compile_errors, device_name
 
 
 class Diverged(Exception):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-import figures
 from configs import one_line
-from memory import MIB
+from engine.memory import MIB
+from report import figures
 
 FIRST_HPARAMS = ("context_mode", "layers", "local_loss_mode", "local_module_num", "seed")
 """TensorBoard shows five options unasked: these, not the first five of the alphabet."""

@@ -20,18 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import InputError
-from console import Progress
 from dataloaders import Batches, ImageData, epoch_seed
-from engine import Totals, evaluate
-from interrupts import INTERRUPTS, Interrupted
-from memory import PeakMemory
+from engine.checkpoint import Checkpoint
+from engine.console import Progress
+from engine.memory import PeakMemory
+from engine.run_folder import RunFolder
+from engine.signals import INTERRUPTS, Interrupted
+from engine.step import Totals, evaluate
+from engine.training import Training
 from models import ContSupNetwork
-from models.checkpoint import Checkpoint
-from pipeline import Pipeline
-from replicas import Replicas
-from run_folder import RunFolder
-from team import Team
-from training import Training
+from parallel.data_parallel import Replicas
+from parallel.pipeline import Pipeline
+from parallel.process_group import Team
 
 T = TypeVar("T")
 

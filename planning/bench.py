@@ -10,7 +10,7 @@ turns step by step, so that whatever else the machine does hits all alike.
 With --parallel modules it times several processes against one, in turns of --steps steps.
 """
 
-from interrupts import INTERRUPTS
+from engine.signals import INTERRUPTS
 
 if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
@@ -36,17 +36,17 @@ import torch
 
 from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, Split
-from engine import Totals, make_optimizers, tensors_alive, train_step
-from memory import MIB, PeakMemory
+from engine.device import choose_device, compile_errors, device_name, ready, set_switches, wait_for
+from engine.memory import MIB, PeakMemory
+from engine.options import Parser, read_options, whole
+from engine.options import build_parser as build_train_parser
+from engine.step import Totals, make_optimizers, tensors_alive, train_step
+from engine.training import Elsewhere, Lost
 from models import build_network
-from options import Parser, read_options, whole
-from options import build_parser as build_train_parser
-from speed import choose_device, compile_errors, device_name, ready, set_switches, wait_for
 from train import network_arguments
-from training import Elsewhere, Lost
 
 if TYPE_CHECKING:
-    from parallel import Parallel
+    from parallel.training import Parallel
 
 PLAIN = (
     "--no-channels_last --amp off --compile False --context_group 0 --recompute False "
@@ -140,7 +140,7 @@ def serve_one_of_several(argv: list[str], environment: dict[str, str], pipe: Con
     Sends (device, batch size, peak bytes, how the work is split), then (seconds a step, seconds
     of the turn, percent that it was busy) for each message.
     """
-    from parallel import Parallel  # which nothing else needs
+    from parallel.training import Parallel  # which nothing else needs
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -472,7 +472,7 @@ def build_parser() -> Parser:
 
 def show_together(own: argparse.Namespace, argv: list[str]) -> None:
     """Time several processes against one, and print that."""
-    from parallel_plan import processes_asked  # which nothing else needs
+    from planning.pipeline_plan import processes_asked  # which nothing else needs
 
     if own.versus:
         raise InputError("--parallel is timed against one process: leave --versus out")

@@ -7,7 +7,7 @@ import time
 import torch
 
 from configs import InputError
-from memory import keep_heap
+from engine.memory import keep_heap
 from models import ContSupNetwork
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 from matplotlib.figure import Figure
 
-import figures
 from configs import DATASETS, one_line
-from grids import PUBLISHED, TABLES, Grid, Group, fill_grids, group_records
-from memory import MIB
-from options import NETWORK_OPTIONS
-from planner import end_to_end_peaks
-from results import END_TO_END, Method, Record, Setting, Statistic, make_cell, statistic
+from engine.memory import MIB
+from engine.options import NETWORK_OPTIONS
+from planning.plan import end_to_end_peaks
+from report import figures
+from report.results import END_TO_END, Method, Record, Setting, Statistic, make_cell, statistic
+from report.tables import PUBLISHED, TABLES, Grid, Group, fill_grids, group_records
 
 
 def mean_line(label: str, runs: list[dict[float, float]], dashed: bool = False) -> figures.Line:

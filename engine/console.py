@@ -13,9 +13,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 from configs import one_line
-from memory import readable
+from engine.device import CompileTime
+from engine.memory import readable
 from models import ContSupNetwork
-from speed import CompileTime
 
 
 class Progress:

@@ -18,9 +18,9 @@ from configs import (
     choose_cuts,
     one_line,
 )
+from engine.options import NOT_OF_THE_LEARNING, data_name
+from engine.run_folder import read_metrics, unusual_options
 from models.context import ContextMode
-from options import NOT_OF_THE_LEARNING, data_name
-from run_folder import read_metrics, unusual_options
 
 LOSSES = {"cross_entropy": "softmax", "contrast": "contrast"}
 """The paper's names of the local losses."""

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import InputError
-from engine import Totals, make_optimizers, train_step
+from engine.checkpoint import Checkpoint
+from engine.device import memory_format, ready, wait_for
+from engine.step import Totals, make_optimizers, train_step
 from models import ContSupNetwork, build_network
-from models.checkpoint import Checkpoint
 from models.context import ContextMode, Contexts
 from models.network import Ends
-from speed import memory_format, ready, wait_for
-from team import PATIENCE, Team
+from parallel.process_group import PATIENCE, Team
 
 IN_FLIGHT = 2
 """Batches whose features may be on their way to the next process at once."""

@@ -19,11 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import InputError
 from dataloaders import count_images
-from memory import MIB
+from engine.memory import MIB
 from models import ContSupNetwork, build_network
-from pipeline import IN_FLIGHT, Kind, Link, balanced_ranges, check_count, check_ranges, crossing
-from pipeline import shown as shown_range
-from planner import Plan, fake_batch, step_peaks
+from parallel.pipeline import (
+    IN_FLIGHT,
+    Kind,
+    Link,
+    balanced_ranges,
+    check_count,
+    check_ranges,
+    crossing,
+)
+from parallel.pipeline import shown as shown_range
+from planning.plan import Plan, fake_batch, step_peaks
 
 MB = 10**6
 

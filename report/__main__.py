@@ -6,7 +6,7 @@ Reads every summary.json and plan.json, writes results/. From top to bottom: how
 and `main`. Which tables there are is in grids.py, what the figures show in report_figures.py.
 """
 
-from interrupts import INTERRUPTS
+from engine.signals import INTERRUPTS
 
 if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from configs import InputError, one_line
-from files import replacing, write_text
-from grids import TABLES, Grid, Group, Table, fill_grids, group_records
-from memory import MIB
-from options import Defaults, Parser
-from report_figures import draw_figures
-from results import Cell, Setting, Statistic, make_cell, read_records
+from engine.files import replacing, write_text
+from engine.memory import MIB
+from engine.options import Defaults, Parser
+from report.report_figures import draw_figures
+from report.results import Cell, Setting, Statistic, make_cell, read_records
+from report.tables import TABLES, Grid, Group, Table, fill_grids, group_records
 
 # ---------------------------------------------------------------------------------------------
 # Markdown and CSV

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs import DATASETS, Cut, InputError, balanced_cuts_are_equal
+from engine.checkpoint import Checkpoint, read_checkpoint
 from losses import LOCAL_LOSSES
 from models.build import AMP
-from models.checkpoint import Checkpoint, read_checkpoint
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""A run in several processes: `--parallel modules` and `--parallel data`."""

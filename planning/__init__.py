@@ -1,0 +1,1 @@
+"""What a run would take: memory, FLOPs, cuts and the schedule of several processes."""
