@@ -2,288 +2,167 @@
 
 python train.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mode E
 
-From top to bottom: what the options ask for (a plan, an evaluation, a run), a run's network and
-data, and how the process ends. The epochs are in training.py, what an epoch does in engine.py.
+From top to bottom: what the options ask for, and what a run is made of. The epochs are in
+engine/training.py, the step of a batch in engine/step.py, a module's own in models/network.py.
 """
 
-from engine.signals import INTERRUPTS, SIGNALS, Interrupted
+from engine.signals import INTERRUPTS
 
 if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
 
 import argparse
-import io
-import json
-import os
-import signal
-import sys
-import time
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
-from configs import DATASETS, InputError, one_line
-from dataloaders import (
-    Batches,
-    ImageData,
-    check_image_size,
-    count_classes,
-    load_dataset,
-)
-from engine.anomaly import Anomaly
+from configs import DATASETS, InputError
+from dataloaders import Batches, ImageData, load_dataset
 from engine.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
-from engine.console import discard, headline, note, print_network, say, tolerant_output
-from engine.device import (
-    CompileTime,
-    choose_device,
-    compile_errors,
-    device_name,
-    ready,
-    set_switches,
-)
-from engine.memory import GIB, readable
-from engine.options import NETWORK_OPTIONS, build_parser, read_options
+from engine.console import print_network, tolerant_output
+from engine.device import CompileTime, device_name, set_switches
+from engine.errors import Diverged, run_script
+from engine.memory import readable
+from engine.options import build_parser, read_options
 from engine.run_folder import RunFolder, run_folder
+from engine.signals import Interrupted
 from engine.step import evaluate
-from engine.training import Diverged, Elsewhere, Lost, Training
+from engine.strategy import Strategy
+from engine.training import Training
 from models import ContSupNetwork, build_network
-from planning.partition import fewest_modules, smallest_peak
-from planning.plan import make_plan, print_plan
-
-if TYPE_CHECKING:
-    from parallel.training import Parallel
-
-# ---------------------------------------------------------------------------------------------
-# What is asked for
+from parallel.launch import first_speaks, make_strategy
+from planning.dry_run import choose_network, dry_run
 
 
-def run(argv: list[str]) -> None:
-    """Plan, evaluate or train, as the options say; InputError where they can't be met."""
-    with one_speaks(is_the_one(os.environ)):
-        typed = build_parser().parse_args(argv)
-        in_parallel = typed.parallel and not typed.dry_run
-        if not in_parallel:
-            check_alone(os.environ, plans=typed.dry_run)
-    if in_parallel:
-        run_in_parallel(argv, typed)
-    else:
-        start(argv)
+class Job(NamedTuple):
+    """What rank 0 makes of the command line: a run to train, or a checkpoint to evaluate.
 
-
-def is_the_one(environment: Mapping[str, str]) -> bool:
-    """Whether this is the only process, or the first of those that torchrun started here."""
-    return environment.get("WORLD_SIZE", "1") == "1" or environment.get("LOCAL_RANK", "0") == "0"
-
-
-@contextmanager
-def one_speaks(this_one: bool) -> Iterator[None]:
-    """What torchrun's processes on a machine find alike is said once."""
-    if this_one:
-        yield
-        return
-    nowhere = io.StringIO()
-    with redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            yield
-        except InputError as error:
-            raise Elsewhere from error
-        except SystemExit as ended:
-            if ended.code:
-                raise Elsewhere from ended
-            raise
-
-
-def run_in_parallel(argv: list[str], typed: argparse.Namespace) -> None:
-    """`--parallel`: rank 0 does what is asked for, and has the others do it with it."""
-    from parallel.training import Parallel  # which nothing else needs
-
-    with Parallel(typed) as team:
-        if team.is_first:
-            start(argv, team)
-            team.begin("")
-        else:
-            while (told := team.told())[0]:
-                {"train": train, "evaluate": evaluate_in}[told[0]](*told[1], team)
-
-
-def check_alone(environment: Mapping[str, str], plans: bool) -> None:
-    """InputError if torchrun has started several processes, which would all do the same."""
-    if "TORCHELASTIC_RUN_ID" in environment and environment.get("WORLD_SIZE", "1") != "1":
-        if plans:
-            raise InputError("--dry_run plans in one process: leave torchrun out")
-        raise InputError(f"torchrun started {environment['WORLD_SIZE']} processes: say how they "
-                         "share the work, with --parallel modules or data")  # fmt: skip
-
-
-def start(argv: list[str], team: "Parallel | None" = None) -> None:
-    """What the options ask for, in this process and those of the team."""
-    options, checkpoint = read_options(argv)
-    if options.dry_run:
-        plan(options)
-    elif options.evaluate:
-        evaluate_in(options, checkpoint, network_arguments(options)[0], team)
-    elif options.resume == "auto":
-        continue_or_start(argv, options, team)
-    else:
-        found = network_arguments(options)
-        folder = RunFolder(run_folder(options), options)
-        folder.check_free(options.resume, checkpoint)
-        with folder.locked():
-            if options.resume:  # which another process may have moved on, until it was locked
-                options, checkpoint = read_options(argv)
-                found = network_arguments(options)
-            train(options, checkpoint, folder.path, *found, team)
-
-
-def plan(options: argparse.Namespace) -> None:
-    """Print what a training step would take, and keep it if that is asked for."""
-    if options.save_plan and not options.json:
-        folder = RunFolder(run_folder(options), options)
-        if folder.is_planned(in_parallel=bool(options.parallel)):
-            print(f"{folder.plan} is there already")
-            return
-    arguments, _ = network_arguments(options)
-    made = make_plan(arguments, options.batch_size)
-    contents = made.as_json()
-    if options.parallel:
-        from planning.pipeline_plan import plan_processes, print_parallel_plan
-
-        parallel = plan_processes(options, made, arguments)
-        contents["parallel"] = parallel.as_json()
-    if options.save_plan:
-        RunFolder(run_folder(options), options).add_plan(contents)
-    if options.json:
-        print(json.dumps(contents))
-    else:
-        precision = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.amp]
-        print(f"{headline(options)}; a step of {options.batch_size} samples in {precision}")
-        if options.parallel:
-            print_parallel_plan(parallel)
-        else:
-            print_plan(made)
-
-
-def evaluate_in(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    arguments: dict[str, Any],
-    team: "Parallel | None",
-) -> None:
-    """Print the test error of a checkpoint."""
-    if team is not None:
-        team.begin("evaluate", options, checkpoint, arguments)
-    device = set_up(options, arguments, team)
-    network = make_network(options, device, arguments, checkpoint, team)
-    data = load_data(options, checkpoint, team)
-    batches = make_batches(options, device, team)(data.test)
-    if team is None:
-        totals = evaluate(network, batches.epoch(0), device)
-    else:
-        totals = team.evaluate(network, batches)
-    print(f"{options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
-          f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
-          f"after {checkpoint.epoch} epochs"
-          + (f" and {checkpoint.step} steps" if checkpoint.step else ""))  # fmt: skip
-
-
-def continue_or_start(
-    argv: list[str], options: argparse.Namespace, team: "Parallel | None" = None
-) -> None:
-    """`--resume auto`: say that the run is finished, go on from its newest checkpoint, or start."""
-    folder = RunFolder(run_folder(options), options)
-    if folder.is_finished():
-        print(f"{folder.path} is finished: all {options.epochs} epochs are done")
-        return
-    with folder.locked():
-        checkpoint, newest = None, folder.newest()
-        if newest is not None:
-            options, checkpoint = read_options([*argv, "--resume", str(newest)])
-        train(options, checkpoint, folder.path, *network_arguments(options), team)
-
-
-# ---------------------------------------------------------------------------------------------
-# A run
-
-
-@tolerant_output()
-def train(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint | None,
-    path: Path,
-    arguments: dict[str, Any],
-    predicted_peak: int | None,
-    team: "Parallel | None" = None,
-) -> None:
-    """Train into the run folder `path`, which is locked, after `checkpoint` where there is one.
-
-    `arguments` and `predicted_peak` are those of `network_arguments`. Raises what Training does.
+    Attributes:
+        options: complete.
+        checkpoint: where to continue, or what to evaluate; None for a new run.
+        path: the run folder, locked by rank 0.
+        arguments: of `build_network`.
+        predicted_peak: bytes, where cuts were chosen for them.
     """
-    folder = RunFolder(path, options) if team is None else team.folder(path, options)
-    if team is None or team.is_first:
-        folder.check_free(options.resume, checkpoint)
-        if checkpoint is not None and is_done(options, checkpoint, folder):
-            print(f"{folder.path} is finished: {done(options, checkpoint)}")
-            return
-    if team is not None:
-        team.begin("train", options, checkpoint, path, arguments, predicted_peak)
-    device = set_up(options, arguments, team)
-    compile_time = CompileTime() if options.compile else None
-    network = make_network(options, device, arguments, checkpoint, team)
-    if predicted_peak:
-        precision = "" if options.amp == "off" else " (in float32)"
-        print(f"predicted peak {readable(predicted_peak)}{precision}", flush=True)
-    data, batches = load_data(options, checkpoint, team), make_batches(options, device, team)
-    test_batches = batches(data.test)
-    train_batches = batches(data.train, augment=not options.no_augment, shuffle=True)
-    if options.data_on_device:
-        kept = train_batches.device_bytes + test_batches.device_bytes
-        print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
-    training = (Training if team is None else team.training)(
-        network, options, folder, train_batches, test_batches, data.classes, compile_time
-    )
-    if checkpoint is not None:
-        training.load(checkpoint)
-    folder.open(options.resume, checkpoint, device_name(device), team and team.describe())
-    try:
-        training.run()
-    except (Interrupted, CannotSave) as error:
-        if team is None or team.is_first:
-            error.add_note(f"; {how_to_go_on(folder)}")
-        raise
-    except (Diverged, Anomaly) as error:
-        find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
-        find += " in one process" if options.parallel and find else ""
-        error.add_note(f"; take a lower --lr and another --output_dir{find}")
-        if team is None or team.is_first or folder.checkpoints():  # else they are elsewhere
-            error.add_note(f"; {how_to_go_on(folder)}")
-        raise
+
+    options: argparse.Namespace
+    checkpoint: Checkpoint | None
+    path: Path
+    arguments: dict[str, Any]
+    predicted_peak: int | None
+
+
+def main(argv: list[str]) -> None:
+    """Plan, evaluate or train, as the options say; raise InputError where they can't be met."""
+    with first_speaks():
+        typed = build_parser().parse_args(argv)
+        strategy = make_strategy(typed)
+    if typed.dry_run:
+        dry_run(read_options(argv)[0])
+        return
+    with strategy, ExitStack() as stack:
+        job = strategy.on_first(lambda: prepare(argv, stack))
+        if job is not None and job.options.evaluate:
+            evaluate_checkpoint(job, strategy)
+        elif job is not None:
+            train(job, strategy)
+
+
+def prepare(argv: list[str], stack: ExitStack) -> Job | None:
+    """Read options and checkpoint, choose the network, and lock the run folder.
+
+    Args:
+        stack: gives the lock back when the run ends.
+    Returns:
+        None where the run that is asked for is finished already.
+    """
+    options, checkpoint = read_options(argv)
+    if options.evaluate:
+        return Job(options, checkpoint, Path(), *choose_network(options))
+    path = run_folder(options)
+    folder = RunFolder(path, options)
+    if options.resume == "auto":
+        if folder.is_finished():
+            print(f"{path} is finished: all {options.epochs} epochs are done")
+            return None
+        stack.enter_context(folder.locked())
+        if newest := folder.newest():
+            options, checkpoint = read_options([*argv, "--resume", str(newest)])
+        arguments, predicted_peak = choose_network(options)
+    else:
+        arguments, predicted_peak = choose_network(options)
+        RunFolder(path, options).check_free(options.resume, checkpoint)
+        stack.enter_context(folder.locked())
+    folder = RunFolder(path, options)
+    folder.check_free(options.resume, checkpoint)
+    if checkpoint is not None and is_done(options, checkpoint, folder):
+        print(f"{path} is finished: {progress(options, checkpoint)}")
+        return None
+    return Job(options, checkpoint, path, arguments, predicted_peak)
 
 
 def is_done(options: argparse.Namespace, checkpoint: Checkpoint, folder: RunFolder) -> bool:
-    """Whether nothing is left of the run; InputError if a folder of its own has none of it."""
+    """Return whether nothing is left to do; raise InputError if no folder has the run's summary."""
     if checkpoint.epoch < options.epochs:
         return False
     if folder.is_finished():
         return True
-    if not folder.history_of(options.resume, checkpoint):  # else the summary is left to do
+    if not folder.history_of(options.resume, checkpoint):  # else the summary is left to write
         raise InputError(
-            f"{done(options, checkpoint)} in {options.resume}: give more --epochs, or --evaluate it"
+            f"{progress(options, checkpoint)} in {options.resume}: give more --epochs, or "
+            "--evaluate it"
         )
     return False
 
 
-def done(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
-    """How far a run is."""
+def progress(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """Return how far a run is, in words."""
     return f"{checkpoint.epoch} of {options.epochs} epochs are done"
 
 
-def how_to_go_on(folder: RunFolder) -> str:
-    """What is left of a run that was ended, in a few words."""
+@tolerant_output()
+def train(job: Job, strategy: Strategy) -> None:
+    """Train into the run folder, from the checkpoint if there is one; raise what Training does."""
+    options = job.options
+    folder = strategy.run_folder(job.path, options)
+    compile_time = CompileTime() if options.compile else None
+    network, device = make_network(job, strategy)
+    if job.predicted_peak:
+        precision = "" if options.amp == "off" else " (in float32)"
+        print(f"predicted peak {readable(job.predicted_peak)}{precision}", flush=True)
+    data = load_data(job, strategy)
+    make_batches = batches_of(options, device, strategy)
+    test_batches = make_batches(data.test)
+    train_batches = make_batches(data.train, augment=not options.no_augment, shuffle=True)
+    if options.data_on_device:
+        kept = train_batches.device_bytes + test_batches.device_bytes
+        print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
+    training = Training(
+        network, options, folder, train_batches, test_batches, data.classes, strategy, compile_time
+    )
+    if job.checkpoint is not None:
+        training.load(job.checkpoint)
+    folder.open(options.resume, job.checkpoint, device_name(device), strategy.describe())
+    del job  # the checkpoint's tensors are not needed any more
+    try:
+        training.run()
+    except (Interrupted, CannotSave) as error:
+        if strategy.is_first:
+            error.add_note(f"; {how_to_continue(folder)}")
+        raise
+    except Diverged as error:
+        find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
+        error.add_note(f"; take a lower --lr and another --output_dir{find}")
+        if folder.checkpoints():
+            error.add_note(f"; {how_to_continue(folder)}")
+        raise
+
+
+def how_to_continue(folder: RunFolder) -> str:
+    """Return how to continue a run that was ended early, in words."""
     if folder.is_finished():
         return "the run is finished"
     if not folder.checkpoints():
@@ -291,11 +170,22 @@ def how_to_go_on(folder: RunFolder) -> str:
     return f"continue with {folder.to_resume()}"
 
 
-def set_up(
-    options: argparse.Namespace, arguments: dict[str, Any], team: "Parallel | None"
-) -> torch.device:
-    """The device of this process, which is set up for the options; the team's work is split."""
-    device = choose_device(options.device) if team is None else team.device
+def evaluate_checkpoint(job: Job, strategy: Strategy) -> None:
+    """Print the test error of a checkpoint."""
+    network, device = make_network(job, strategy)
+    test_batches = batches_of(job.options, device, strategy)(load_data(job, strategy).test)
+    batches = strategy.batches(test_batches, 0)
+    totals = strategy.reduce(evaluate(network, batches, device))
+    epoch, step = job.checkpoint.epoch, job.checkpoint.step
+    print(f"{job.options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
+          f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
+          f"after {epoch} epochs" + (f" and {step} steps" if step else ""))  # fmt: skip
+
+
+def make_network(job: Job, strategy: Strategy) -> tuple[ContSupNetwork, torch.device]:
+    """Return the network, with the checkpoint's weights, on its device; print what it is."""
+    options, checkpoint = job.options, job.checkpoint
+    device = strategy.device(options.device)
     set_switches(
         device,
         cudnn_benchmark=options.cudnn_benchmark,
@@ -303,48 +193,27 @@ def set_up(
         keeps_heap=options.keep_heap,
         deterministic=options.deterministic,
     )
-    if team is not None:
-        team.choose_way(options, arguments)
-    return device
-
-
-def make_network(
-    options: argparse.Namespace,
-    device: torch.device,
-    arguments: dict[str, Any],
-    checkpoint: Checkpoint | None,
-    team: "Parallel | None" = None,
-) -> ContSupNetwork:
-    """The network of a run, on its device and as it was in `checkpoint`; what it is, printed."""
+    strategy.divide(options, job.arguments, device)
     if checkpoint is not None:
-        check_weights(checkpoint, arguments)
+        check_weights(checkpoint, job.arguments)
     torch.manual_seed(options.seed)
-    network = build_network(**arguments)
+    network = build_network(**job.arguments)
     if checkpoint is not None:
         load_weights(network, checkpoint)
     print_network(network, options)
-    if team is not None:
-        print(team.way, flush=True)
-        team.way.prepare(network)
-    ready(network, device, channels_last=options.channels_last, compiled=options.compile)
-    if team is not None:
-        team.way.ready(network)
-    return network
+    strategy.place(network, options, device)
+    return network, device
 
 
-def load_data(
-    options: argparse.Namespace, checkpoint: Checkpoint | None, team: "Parallel | None" = None
-) -> ImageData:
-    """The data set; InputError if `checkpoint` was trained on other classes."""
-    load = partial(
-        load_dataset,
-        options.dataset,
-        options.data_dir,
-        options.image_size,
-        options.limit_per_class,
-        test_only=bool(options.evaluate),
-    )
-    data = load() if team is None else team.loaded(load)
+def load_data(job: Job, strategy: Strategy) -> ImageData:
+    """Return the data set; raise InputError if the checkpoint was trained on other classes."""
+    options, checkpoint = job.options, job.checkpoint
+    data = strategy.load_data(
+        lambda: load_dataset(
+            options.dataset, options.data_dir, options.image_size, options.limit_per_class,
+            test_only=bool(options.evaluate),
+        )
+    )  # fmt: skip
     if checkpoint is not None and checkpoint.classes not in ([], data.classes):
         raise InputError(
             f"{options.resume or options.evaluate} was trained on other classes "
@@ -353,10 +222,10 @@ def load_data(
     return data
 
 
-def make_batches(
-    options: argparse.Namespace, device: torch.device, team: "Parallel | None" = None
+def batches_of(
+    options: argparse.Namespace, device: torch.device, strategy: Strategy
 ) -> "partial[Batches]":
-    """Makes Batches of a split, as the options say."""
+    """Return a function that makes the Batches of a split."""
     return partial(
         Batches,
         data=DATASETS[options.dataset],
@@ -365,135 +234,9 @@ def make_batches(
         seed=options.seed,
         channels_last=options.channels_last,
         on_device=options.data_on_device,
-        share=(0, 1) if team is None else team.way.share,
+        share=strategy.share,
     )
-
-
-def network_arguments(options: argparse.Namespace) -> tuple[dict[str, Any], int | None]:
-    """Arguments of `build_network`, and the peak in bytes that was predicted when choosing cuts.
-
-    Cuts that --partition auto and --memory_budget ask for are chosen here, unless the options have
-    cuts already, and put into the options. InputError if something does not fit.
-    """
-    arguments = {name: getattr(options, name) for name in NETWORK_OPTIONS}
-    arguments["num_classes"] = DATASETS[options.dataset].classes or count_classes(
-        options.data_dir, "test" if options.evaluate else "train"
-    )
-    check_image_size(options.dataset, options.image_size)
-    if options.cuts is not None:
-        return arguments, None
-    if options.memory_budget:
-        budget = int(options.memory_budget * GIB)
-        note_if_above_free(budget, options.device)
-        found = fewest_modules(arguments, options.batch_size, options.partition, budget)
-    elif options.partition == "auto":
-        found = smallest_peak(arguments, options.batch_size)
-    else:
-        return arguments, None
-    options.local_module_num = arguments["local_module_num"] = len(found.cuts) + 1
-    options.cuts = arguments["cuts"] = found.cuts
-    return arguments, found.peak
-
-
-def note_if_above_free(budget: int, device: str) -> None:
-    """On CUDA, a line on stderr if the device has fewer bytes free than the budget."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return
-    index = 0 if device == "auto" else torch.device(device).index or 0
-    if index >= torch.cuda.device_count():  # a plan for another machine
-        return
-    free, _ = torch.cuda.mem_get_info(index)
-    if free < budget:
-        note(f"the budget of {readable(budget)} is above the {readable(free)} that the device has "
-             "free")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# How the process ends
-
-
-def main() -> int:
-    """Exit status: 0, 1 for what could not be written, 2 for bad input, 3 for a run that diverged,
-    130 and 143 after SIGINT and SIGTERM.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, as some daemons have it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
-    try:
-        status = attempt(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough
-        discard(sys.stdout)
-        return 1
-    except OSError as error:
-        discard(sys.stdout)
-        what = "" if error.filename else "the output can't be written: "
-        return fail(1, f"{what}{one_line(error)}")
-    return status
-
-
-def attempt(argv: list[str]) -> int:
-    """Do what is asked for; where that fails say why on stderr, in a line, and give the status."""
-    try:
-        run(argv)
-    except SystemExit as ended:  # of the option parser
-        return ended.code
-    except InputError as error:
-        return fail(2, error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(2, "out of memory, so take a smaller --batch_size, a larger "
-                    "--local_module_num, a --memory_budget or --recompute "
-                    f"({one_line(error)})")  # fmt: skip
-    except compile_errors() as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return fail(2, f"--compile failed, so leave it out or mend this: {reason}")
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # the CPU's way to be out of it
-            return fail(2, f"out of memory: {one_line(error)[-300:]}")
-        if "deterministic" not in str(error):
-            raise
-        return fail(2, f"--deterministic: {str(error).split(',')[0]}, so leave it out")
-    except (CannotSave, Lost) as error:
-        return fail(1, error)
-    except Elsewhere:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(5)  # torchrun ends the others when the first ends: that should be who says why
-        return 1
-    except (Diverged, Anomaly) as error:
-        return fail(3, error)
-    except Interrupted as error:
-        how = getattr(error, "__notes__", [])
-        if how:
-            note(f"stopped by {error}{how[0]}")
-        else:  # rank 0 says it, and torchrun would end it when another ends
-            time.sleep(1)
-        return error.status
-    return 0
-
-
-def fail(status: int, reason: Exception | str) -> int:
-    """Say why on stderr, in a line; gives the status."""
-    text = "".join([one_line(reason), *getattr(reason, "__notes__", [])])
-    say(f"train.py: error: {text}")
-    return status
-
-
-def end(status: int) -> None:
-    """End the process; one of several that has failed, without waiting for its connections."""
-    if status and "parallel.training" in sys.modules:
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except Exception:
-        if "parallel.training" not in sys.modules:
-            raise
-        traceback.print_exc()
-        status = 1
-    end(status)
+    run_script(main)

@@ -62,7 +62,7 @@ def ready(
     network: ContSupNetwork, device: torch.device, *, channels_last: bool, compiled: bool
 ) -> ContSupNetwork:
     """What the network holds on its device, its conv weights in the format of the images."""
-    for module in network.held:
+    for module in network.stage:
         module.to(device=device, memory_format=memory_format(channels_last))
     if compiled:
         if device.type == "cpu":  # whose compiler looks for CUDA, and warns that there is none

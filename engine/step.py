@@ -1,20 +1,17 @@
-"""An epoch of training and an evaluation, over batches that are on the device already."""
+"""The training step of a batch, an evaluation, and the learning rate."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.memory import PeakMemory
 from models import ContSupNetwork, LocalModule
 
 
 def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine: bool) -> float:
-    """Learning rate of epoch 1 .. epochs (README, equation 11).
+    """Return the learning rate of epoch 1 .. epochs (README, equation 11).
 
     A warm-up from 0.01 (from `lr` if that is less), then a cosine that is 0 at the last epoch, or
     steps to a tenth after half and after three quarters of the epochs.
@@ -32,15 +29,14 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int, cosine
 class Totals:
     """Each module's loss and wrong answers, summed over an epoch.
 
-    The sums stay on the device: adding to them does not wait for it, reading them does. The first
-    loss that is not finite is remembered there too: a sum that has become NaN or infinite stays so,
-    and the steps of each module before that are counted.
+    The sums stay on the device: adding to them does not wait for it, reading them does. A sum that
+    has become NaN or infinite stays so, and the steps of each module before that are counted.
 
     Attributes:
-        modules: those that the network holds, where no others are said.
-        samples, steps: in the sums.
-        seconds: that the steps took, for who measures it.
-        full: size of the largest batch among them.
+        modules: the network's stage, unless others are given.
+        samples, steps: counted in the sums.
+        seconds: that the steps took; the training loop sets it.
+        full: size of the largest batch.
     """
 
     def __init__(
@@ -49,7 +45,7 @@ class Totals:
         device: torch.device,
         modules: list[LocalModule] | None = None,
     ) -> None:
-        self.modules = modules or network.held
+        self.modules = modules or network.stage
         self.samples = self.steps = self.full = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
@@ -57,30 +53,30 @@ class Totals:
         self._finite_steps = torch.zeros(len(self.modules), dtype=torch.int64, device=device)
 
     def add(self, module: LocalModule, loss: Tensor, output: Tensor, targets: Tensor) -> None:
-        """The module had this mean loss and head output (N, D) on targets (N,)."""
+        """Add a module's 0-d mean loss and head output (N, D) on targets (N,)."""
         place = module.index - self.modules[0].index
         self._losses[place] += loss * len(targets)
         if module.task.classifies:
             self._wrong[place] += (output.argmax(dim=1) != targets).sum()
 
     def count(self, samples: int) -> None:
-        """A step of so many samples is done."""
+        """Count a step of so many samples."""
         self._finite_steps += self._losses.isfinite()
         self.samples += samples
         self.steps += 1
         self.full = max(self.full, samples)
 
     def losses(self) -> list[float]:
-        """Mean loss of each module."""
+        """Return the mean loss of each module."""
         return (self._losses / self.samples).tolist()
 
     def errors(self) -> list[float | None]:
-        """Error rate of each module's head in percent; None where it does not classify."""
+        """Return each head's error rate in percent; None where it does not classify."""
         errors = (100 * self._wrong / self.samples).tolist()
         return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
 
     def first_not_finite(self) -> tuple[int, int] | None:
-        """Module and step, from 1, of the first loss that was NaN or infinite, if one was."""
+        """Return module and step, from 1, of the first loss that was NaN or infinite, if any."""
         finite = self._finite_steps.tolist()
         fewest = min(finite)
         if fewest == self.steps:
@@ -88,7 +84,7 @@ class Totals:
         return self.modules[finite.index(fewest)].index, fewest + 1
 
     def state(self) -> dict[str, Tensor | int]:
-        """All of it, to go on from with `load`."""
+        """Return all of it, for `load` to continue from."""
         return {
             "losses": self._losses, "wrong": self._wrong, "finite_steps": self._finite_steps,
             "samples": self.samples, "steps": self.steps, "full": self.full,
@@ -96,7 +92,7 @@ class Totals:
         }  # fmt: skip
 
     def load(self, state: dict[str, Tensor | int]) -> None:
-        """Go on from a `state`; ValueError if it is not one of a network with as many modules."""
+        """Continue from a `state`; raise ValueError unless it has the same modules and types."""
         if state.keys() != self.state().keys():
             raise ValueError(f"it has {', '.join(map(str, state)) or 'nothing'}")
         for name, own in self.state().items():
@@ -131,16 +127,16 @@ class LocalSGD(torch.optim.SGD):
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
 
     def step_and_free(self) -> None:
-        """Step, but for gradients that overflowed in float16; then free the gradients."""
+        """Step, unless gradients overflowed in float16; then free the gradients."""
         self.scaler.step(self)
         self.scaler.update()
         self.zero_grad(set_to_none=True)
 
 
 def make_optimizers(network: ContSupNetwork) -> list[LocalSGD]:
-    """One a module that the network holds; it is on its device."""
-    scale = network.narrow is torch.float16
-    return [LocalSGD(module, scale) for module in network.held]
+    """Return one optimizer for each module of the network's stage, which is on its device."""
+    scale = network.autocast_dtype is torch.float16
+    return [LocalSGD(module, scale) for module in network.stage]
 
 
 def train_step(
@@ -149,70 +145,42 @@ def train_step(
     images: Tensor,
     targets: Tensor,
     totals: Totals,
-    begin: Callable[[LocalModule], None] = lambda module: None,
-) -> Iterator[LocalModule]:
-    """Each module's forward, backward and optimizer step; then its gradients are freed.
+    *,
+    before_module: Callable[[LocalModule], object] | None = None,
+    after_module: Callable[[LocalModule], object] | None = None,
+) -> None:
+    """Train each module of the stage on one batch, first to last (README, equation 10).
 
-    Gives each module when that is done, first to last.
+    A module's optimizer steps right after its backward, and its gradients are freed before the
+    next module runs.
 
     Args:
+        optimizers: one for each module of the stage.
         images: (N, 3, H, W), normalised.
         targets: (N,) class indices.
-        totals: to which the module's loss and wrong answers are added.
-        begin: called with each module before its forward.
+        totals: to which each module's loss and wrong answers are added.
+        before_module: called with each module before its forward.
+        after_module: called with each module when its gradients are freed.
     """
-    own = dict(zip(network.held, optimizers, strict=True))
-
-    def scaled(module: LocalModule, loss: Tensor) -> Tensor:
-        return own[module].scaler.scale(loss)
-
-    for local in network.local_steps(images, targets, scaled, begin):
-        module = local.module
-        own[module].step_and_free()
-        totals.add(module, local.loss, local.output, targets)
-        del local
-        yield module
+    state, pixels = network.io.receive(network.mode, images), network.pixels(images)
+    for module, optimizer in zip(network.stage, optimizers, strict=True):
+        if before_module is not None:
+            before_module(module)
+        scale_loss = optimizer.scaler.scale
+        loss, output = network.module_step(module, state, targets, pixels, scale_loss)
+        optimizer.step_and_free()
+        totals.add(module, loss, output, targets)
+        del loss, output  # else they would stay for the next module
+        if after_module is not None:
+            after_module(module)
     totals.count(len(targets))
 
 
-def train_one_epoch(
-    network: ContSupNetwork,
-    optimizers: list[LocalSGD],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    peak: PeakMemory,
-    report: Callable[[int, Totals], None],
-    totals: Totals | None = None,
-    seed_of: Callable[[int, int], int] | None = None,
-) -> Totals:
-    """One pass over `batches` of images (N, 3, H, W) and targets (N,), or the rest of one.
-
-    Args:
-        report: `report(step, totals)` is called after each step, from 1.
-        totals: of the steps of this epoch that were taken before, whose batches are left out.
-        seed_of: seed of torch's generators for (step, module), so that dropout draws the same
-            wherever an epoch is taken up again, and wherever the module runs; without it they run
-            on.
-    """
-    network.train()
-    totals = totals or Totals(network, peak.device)
-    for step, (images, targets) in enumerate(batches, start=totals.steps + 1):
-
-        def begin(module: LocalModule, step: int = step) -> None:
-            if seed_of is not None:
-                seed_generators(seed_of(step, module.index), peak.device)
-
-        alive = partial(tensors_alive, network, optimizers, images, targets)
-        # The last batch of an epoch may be smaller: code of its own would cost more than it saves.
-        rare = network.eagerly() if len(targets) < totals.full else nullcontext()
-        with rare, peak.step(len(targets), alive):
-            for _ in train_step(network, optimizers, images, targets, totals, begin):
-                pass
-        report(step, totals)
-    return totals
-
-
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what steps on a device draw from; torch.manual_seed takes 0.1 ms for all devices."""
+    """Seed what a step on this device draws from.
+
+    torch.manual_seed would take 0.1 ms to seed all devices.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -223,9 +191,10 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def evaluate(
     network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Totals:
-    """Cross entropy and error of every head held that classifies; the network's own are the last.
+    """Return cross entropy and error of every head that classifies; the network's own are the last.
 
-    `batches` are of images (N, 3, H, W) and targets (N,).
+    Args:
+        batches: of images (N, 3, H, W), normalised, and targets (N,).
     """
     network.eval()
     totals = Totals(network, device)
@@ -241,13 +210,13 @@ def evaluate(
 
 @torch.no_grad()
 def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor]:
-    """The images, and what the decoder at each cut makes of the features there.
+    """Return the images, and what the decoder at each cut makes of the features there.
 
     Args:
         images: (N, 3, H, W), normalised.
     Returns:
         `image`, then `cut [stage, block]` from first to last -> (N, 3, H, W) in [0, 1], of the cuts
-        after modules held; empty for a network without decoders.
+        after the stage's modules; empty for a network without decoders.
     """
     if all(module.decoder is None for module in network.local_modules):
         return {}
@@ -265,12 +234,12 @@ def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor
 def tensors_alive(
     network: ContSupNetwork, optimizers: list[LocalSGD], *batch: Tensor
 ) -> list[Tensor]:
-    """What exists before a step: weights, statistics, momentum, batch, and what is in flight."""
-    return [*state_of(network.held, optimizers), *batch, *network.ends.in_flight()]
+    """Return what exists before a step: weights, statistics, momentum, batch, and transfers."""
+    return [*state_of(network.stage, optimizers), *batch, *network.io.in_flight()]
 
 
 def state_of(modules: Iterable[LocalModule], optimizers: Iterable[LocalSGD]) -> list[Tensor]:
-    """Weights, statistics and momentum."""
+    """Return weights, BatchNorm statistics and momentum."""
     own = [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]
     momentum = [t for o in optimizers for state in o.state.values() for t in state.values()]
     return [tensor for tensor in (*own, *momentum) if isinstance(tensor, Tensor)]

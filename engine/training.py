@@ -1,19 +1,17 @@
-"""A run's training, from where it stands to its summary: the epochs, and how nothing is lost."""
+"""A run's training: the epochs, from a checkpoint or the start to the summary."""
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs import InputError, one_line
 from dataloaders import Batches, epoch_seed
-from engine.anomaly import FirstAnomaly
 from engine.checkpoint import (
     CannotSave,
     Checkpoint,
@@ -23,6 +21,7 @@ from engine.checkpoint import (
 )
 from engine.console import Progress, print_epoch, print_summary
 from engine.device import CompileTime, compile_errors, device_name
+from engine.errors import Diverged
 from engine.memory import PeakMemory
 from engine.options import MEMORY_AND_SPEED, OF_THE_STEPS
 from engine.run_folder import RunFolder, is_same
@@ -33,38 +32,31 @@ from engine.step import (
     learning_rate,
     make_optimizers,
     reconstructions,
+    seed_generators,
     state_of,
-    train_one_epoch,
+    tensors_alive,
+    train_step,
 )
-from models import ContSupNetwork
-
-
-class Diverged(Exception):
-    """A loss, or what a checkpoint would keep, is NaN or infinite."""
-
-
-class Elsewhere(Exception):
-    """Another process of the run has failed, and says why; nothing is to be said here."""
-
-
-class Lost(Exception):
-    """The connection to another process of the run broke."""
+from engine.strategy import Strategy
+from models import ContSupNetwork, LocalModule
 
 
 class Training:
-    """Where a run's training stands, and how it goes on.
+    """The state of a run's training, and the loop that moves it on.
 
     Args:
         network: on its device.
         options: complete.
-        folder: what the run leaves, opened before `run`.
-        train_batches, test_batches: augmented and shuffled; plain.
+        folder: the run folder, to be opened before `run`.
+        train_batches: augmented and shuffled.
+        test_batches: plain.
         classes: their names, in the order of the targets.
-        compile_time: tells of compilations, with --compile.
+        strategy: how the work is divided among processes.
+        compile_time: counts compilations, with --compile.
     Attributes:
         epoch: epochs done.
-        totals: of the epoch under way.
-        is_saved: whether checkpoint.pt is of this run as it goes on.
+        totals: sums of the epoch in progress.
+        is_saved: whether checkpoint.pt holds this state.
     """
 
     def __init__(
@@ -75,31 +67,174 @@ class Training:
         train_batches: Batches,
         test_batches: Batches,
         classes: list[str],
-        compile_time: CompileTime | None,
+        strategy: Strategy,
+        compile_time: CompileTime | None = None,
     ) -> None:
         self.network, self.options, self.folder = network, options, folder
         self.train_batches, self.test_batches, self.classes = train_batches, test_batches, classes
-        self.compile_time = compile_time
+        self.strategy, self.compile_time = strategy, compile_time
         self.device = train_batches.device
         self.data_bytes = train_batches.device_bytes + test_batches.device_bytes
         self.optimizers = make_optimizers(network)
-        self.peak = self.meter()
+        self.peak = PeakMemory(
+            self.device, compiled=options.compile, apart=self.data_bytes, steps=strategy.warm_up
+        )
+        self.peak.how += strategy.peak_note
         self.epoch = 0
         self.is_saved = False
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
 
-    def meter(self) -> PeakMemory:
-        """Of the training steps."""
-        return PeakMemory(self.device, compiled=self.options.compile, apart=self.data_bytes)
+    # The loop
 
-    # Where it stands
+    def run(self) -> None:
+        """Train what is left of the run, and write its summary.
+
+        Raises:
+            Interrupted: a signal asked for it; a checkpoint has been written.
+            Diverged, CannotSave: the last checkpoint is as it was.
+        """
+        self.folder.history = self.strategy.broadcast(self.folder.history)
+        # Compiling takes a minute or more, and until the first step there is nothing to save.
+        with INTERRUPTS.held(at_once=not self.options.compile):
+            try:
+                while self.epoch < self.options.epochs:
+                    self.run_epoch(self.epoch + 1)
+                if not self.is_saved:  # the run continued from model_best.pt, which was the newest
+                    self.save()
+            except Interrupted:
+                self.save()
+                raise
+            except compile_errors() as error:  # Ctrl-C reaches the compiler too
+                if INTERRUPTS.asked is None:
+                    raise
+                raise Interrupted(INTERRUPTS.asked) from error
+            self.finish()
+
+    def run_epoch(self, epoch: int) -> None:
+        """Train an epoch, evaluate, and write its metrics and checkpoint."""
+        o = self.options
+        lr = learning_rate(epoch, o.epochs, o.lr, o.warmup_epochs, o.cos_lr)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+        self.train_epoch(epoch)
+        trained = self.strategy.reduce(self.totals)
+        figures = self.strategy.figures(self.totals, trained, self.peak)
+        tested = self.evaluate()
+        if bad := tested.first_not_finite():
+            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
+        metrics = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": trained.losses()[-1],
+            "train_error": trained.errors()[-1],
+            "local_losses": trained.losses(),
+            "train_errors": trained.errors(),
+            "test_loss": tested.losses()[-1],
+            "test_error": tested.errors()[-1],
+            "test_errors": tested.errors(),
+            **figures,
+        }
+        self.check_state()
+        is_best = metrics["test_error"] < self.folder.best_error()
+        self.folder.add_epoch(metrics, self.reconstruct())
+        print_epoch(metrics, o.epochs)
+        self.epoch, self.totals = epoch, Totals(self.network, self.device)
+        if is_best:  # first, so that a run that is killed between the two does not lose it
+            self.write(self.folder.best, self.checkpoint())
+        self.save()
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train on the batches of an epoch that are left."""
+        steps, totals = len(self.train_batches), self.totals
+        seconds_before, start = totals.seconds, time.perf_counter()
+        progress = Progress(epoch, self.options.epochs, steps, self.compile_time, done=totals.steps)
+        batches = self.strategy.batches(self.train_batches, epoch, skip=totals.steps)
+        self.network.train()
+        with progress, self.anomaly_mode():
+            for step, (images, targets) in enumerate(batches, start=totals.steps + 1):
+                alive = partial(tensors_alive, self.network, self.optimizers, images, targets)
+                # A smaller last batch runs eagerly: compiling it would cost more than it saves.
+                is_small = len(targets) < totals.full
+                with (
+                    self.network.eagerly() if is_small else nullcontext(),
+                    self.peak.step(len(targets), alive),
+                ):
+                    train_step(
+                        self.network, self.optimizers, images, targets, totals,
+                        before_module=partial(self.before_module, epoch, step),
+                    )  # fmt: skip
+                progress.took()
+                if step == steps or step % self.options.print_freq == 0:
+                    self.check_losses(totals)
+                    self.strategy.show_losses(step, totals, progress)
+                totals.seconds = seconds_before + time.perf_counter() - start
+                INTERRUPTS.hold()
+                every = self.options.checkpoint_every
+                if every and step % every == 0 and step < steps:
+                    self.save()
+
+    def before_module(self, epoch: int, step: int, module: LocalModule) -> None:
+        """Seed dropout by step and module, so that it is the same wherever a run is resumed."""
+        self.running = module.index
+        if self.options.droprate:
+            seeds = (step, module.index, *self.strategy.seeds)
+            seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)
+
+    @contextmanager
+    def anomaly_mode(self) -> Iterator[None]:
+        """With --detect_anomaly, have torch name the operation whose backward makes a NaN.
+
+        Raises Diverged; torch prints the stack of the forward call before that.
+        """
+        if not self.options.detect_anomaly:
+            yield
+            return
+        with torch.autograd.set_detect_anomaly(True):
+            try:
+                yield
+            except RuntimeError as error:
+                if "returned nan values" not in str(error):
+                    raise
+                where = f"module {self.running}, step {self.totals.steps + 1}"
+                raise Diverged(f"{where} of epoch {self.epoch + 1}: {one_line(error)}") from error
+
+    def evaluate(self) -> Totals:
+        """Return the sums of the test data."""
+        batches = self.strategy.batches(self.test_batches, 0)
+        return self.strategy.reduce(evaluate(self.network, batches, self.device))
+
+    def reconstruct(self) -> dict[str, Tensor]:
+        """Return the decoders' images of a few test images, on rank 0."""
+        if all(module.decoder is None for module in self.network.local_modules):
+            return {}
+        return self.strategy.gather_images(
+            lambda: reconstructions(self.network, self.shown.to(self.device)), len(self.shown)
+        )
+
+    def finish(self) -> None:
+        """Write the summary, on rank 0; raise CannotSave, or Interrupted if a signal has come."""
+        self.peak.bytes = max(self.strategy.gather(self.peak.bytes))
+        if self.strategy.is_first:
+            try:
+                summary = self.folder.add_summary(
+                    self.peak, device_name(self.device), self.network.parameter_counts(),
+                    self.data_bytes,
+                )  # fmt: skip
+            except OSError as error:
+                what = f"cannot write {self.folder.summary}: {one_line(error)}"
+                raise CannotSave(what) from error
+            print_summary(summary, self.folder.path)
+        self.strategy.end_run()
+
+    # Checkpoints
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose weights the network has.
+        """Continue from a checkpoint, whose weights the network has already.
 
-        Raises InputError if it is not of this network, or in the middle of an epoch of other steps.
+        Raises InputError if it is of another network, or in the middle of an epoch of other steps.
         """
+        checkpoint = self.strategy.own_part(checkpoint)
         load_momentum(self.optimizers, self.network, checkpoint)
         scalers = [o.scaler for o in self.optimizers if o.scaler.is_enabled()]
         if scalers and checkpoint.scalers:
@@ -108,7 +243,9 @@ class Training:
             for scaler, state in zip(scalers, checkpoint.scalers, strict=True):
                 scaler.load_state_dict(state)
         self.epoch = checkpoint.epoch
-        self.is_saved = is_same(self.options.resume, self.folder.checkpoint)
+        self.is_saved = self.strategy.broadcast(
+            is_same(self.options.resume, self.folder.checkpoint)
+        )
         if checkpoint.totals:
             self._check_steps(checkpoint)
         try:
@@ -134,36 +271,39 @@ class Training:
     def _changed(self, checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
         return [n for n in names if checkpoint.options.get(n) != getattr(self.options, n)]
 
+    def checkpoint(self) -> Checkpoint:
+        """Return all that it takes to continue from here to the same bits, on rank 0."""
+        return self.strategy.join_parts(
+            Checkpoint(
+                epoch=self.epoch,
+                state_dict=self.network.state_dict(),
+                momentum=momentum_by_name(self.optimizers, self.network),
+                options=self.folder.options,
+                classes=self.classes,
+                scalers=[o.scaler.state_dict() for o in self.optimizers if o.scaler.is_enabled()],
+                totals=self.totals.state() if self.totals.steps else {},
+                history=self.folder.history,
+                peak=self.peak.state(),
+            )
+        )
+
+    def write(self, path: str, checkpoint: Checkpoint) -> None:
+        """Replace a checkpoint file, on rank 0; raise CannotSave."""
+        if self.strategy.is_first:
+            save_checkpoint(path, checkpoint)
+
     def save(self) -> None:
-        """Put checkpoint.pt in the place of the last; raises CannotSave, and Diverged before."""
+        """Replace checkpoint.pt; raise Diverged before that, and CannotSave."""
         self.check_state()
         self.write(self.folder.checkpoint, self.checkpoint())
         self.is_saved = True
 
-    def write(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint file in the place of the last; raises CannotSave."""
-        save_checkpoint(path, checkpoint)
+    # Divergence
 
-    def checkpoint(self) -> Checkpoint:
-        """All that it takes to go on from here to the same bits."""
-        return Checkpoint(
-            epoch=self.epoch,
-            state_dict=self.network.state_dict(),
-            momentum=momentum_by_name(self.optimizers, self.network),
-            options=self.folder.options,
-            classes=self.classes,
-            scalers=[o.scaler.state_dict() for o in self.optimizers if o.scaler.is_enabled()],
-            totals=self.totals.state() if self.totals.steps else {},
-            history=self.folder.history,
-            peak=self.peak.state(),
-        )
-
-    # Whether it is sound
-
-    def check_losses(self, losses: list[float]) -> None:
-        """Raise Diverged unless the mean losses are finite; then only, the device is asked more."""
-        if not all(map(math.isfinite, losses)):
-            module, step = self.totals.first_not_finite()
+    def check_losses(self, totals: Totals) -> None:
+        """Raise Diverged unless the mean losses are finite."""
+        if not all(map(math.isfinite, totals.losses())):
+            module, step = totals.first_not_finite()
             raise Diverged(
                 f"the loss of module {module} is not finite from step {step} of epoch "
                 f"{self.epoch + 1} on"
@@ -172,166 +312,10 @@ class Training:
     def check_state(self) -> None:
         """Raise Diverged unless the losses, and all that a checkpoint keeps, are finite."""
         if self.totals.steps:
-            self.check_losses(self.totals.losses())
-        for module, optimizer in zip(self.network.held, self.optimizers, strict=True):
+            self.check_losses(self.totals)
+        for module, optimizer in zip(self.network.stage, self.optimizers, strict=True):
             kept = state_of([module], [optimizer])
             if not torch.stack([tensor.isfinite().all() for tensor in kept]).all():
                 steps = f"step {self.totals.steps} of " if self.totals.steps else ""
                 epoch = self.epoch + bool(steps)
                 raise Diverged(f"module {module.index} is not finite after {steps}epoch {epoch}")
-
-    # How it goes on
-
-    def run(self) -> None:
-        """All steps that are left, and the summary.
-
-        Raises Interrupted when that was asked for, after a checkpoint; Diverged and CannotSave,
-        either of which leaves the last checkpoint as it was.
-        """
-        # Compiling takes a minute or more, and until the first step there is nothing to save.
-        with INTERRUPTS.held(at_once=not self.options.compile):
-            try:
-                while self.epoch < self.options.epochs:
-                    self.run_epoch(self.epoch + 1)
-                if not self.is_saved:  # it went on from model_best.pt, which was the last
-                    self.save()
-            except Interrupted:
-                self.save()
-                raise
-            except compile_errors() as error:  # Ctrl-C reaches the compiler too
-                if INTERRUPTS.asked is None:
-                    raise
-                raise Interrupted(INTERRUPTS.asked) from error
-            self.finish()
-            self.check_asked()  # nothing is left to do here, but there may be in command.sh
-
-    def finish(self) -> None:
-        """The summary; raises CannotSave."""
-        try:
-            summary = self.folder.add_summary(
-                self.peak, device_name(self.device), self.network.parameter_counts(),
-                self.data_bytes,
-            )  # fmt: skip
-        except OSError as error:
-            what = f"cannot write {self.folder.summary}: {one_line(error)}"
-            raise CannotSave(what) from error
-        print_summary(summary, self.folder.path)
-
-    def run_epoch(self, epoch: int) -> None:
-        """The steps of an epoch that are left, its evaluation, its line and its checkpoint."""
-        o = self.options
-        lr = learning_rate(epoch, o.epochs, o.lr, o.warmup_epochs, o.cos_lr)
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-        self.train(epoch)
-        tested, trained = self.evaluated(), self.whole(self.totals)
-        local_losses, train_errors, test_errors = (
-            trained.losses(), trained.errors(), tested.errors()
-        )  # fmt: skip
-        if bad := tested.first_not_finite():
-            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
-        metrics = {
-            "epoch": epoch,
-            "lr": lr,
-            "train_loss": local_losses[-1],
-            "train_error": train_errors[-1],
-            "local_losses": local_losses,
-            "train_errors": train_errors,
-            "test_loss": tested.losses()[-1],
-            "test_error": test_errors[-1],
-            "test_errors": test_errors,
-            **self.figures(trained),
-        }
-        self.check_state()
-        is_best = test_errors[-1] < self.folder.best_error()
-        self.folder.add_epoch(metrics, self.reconstructed())
-        print_epoch(metrics, o.epochs)
-        self.epoch, self.totals = epoch, Totals(self.network, self.device)
-        if is_best:  # first: were it second, a run cut off between the two would never write it
-            self.write(self.folder.best, self.checkpoint())
-        self.save()
-
-    def figures(self, trained: Totals) -> dict[str, object]:
-        """What the steps of an epoch took."""
-        return {
-            "samples_per_second": trained.samples / trained.seconds,
-            "peak_memory_bytes": self.peak.bytes,
-        }
-
-    def evaluated(self) -> Totals:
-        """Of the test data."""
-        return evaluate(self.network, unless_asked(self.test_batches.epoch(0)), self.device)
-
-    def whole(self, totals: Totals) -> Totals:
-        """The same of all modules and samples, whoever had them."""
-        return totals
-
-    def reconstructed(self) -> dict[str, Tensor]:
-        """`reconstructions` of the images shown."""
-        return reconstructions(self.network, self.shown.to(self.device))
-
-    def train(self, epoch: int) -> None:
-        """The steps of an epoch that are left."""
-        steps, every = len(self.train_batches), self.options.checkpoint_every
-        earlier, start = self.totals.seconds, time.perf_counter()
-
-        def after_step(step: int, totals: Totals) -> None:
-            is_last = step == steps
-            progress.took()
-            if is_last or step % self.options.print_freq == 0:
-                self.look(step, totals, progress)
-            totals.seconds = earlier + time.perf_counter() - start
-            INTERRUPTS.hold()
-            self.check_asked()
-            if every and step % every == 0 and not is_last:
-                self.save()
-
-        with (
-            Progress(
-                epoch, self.options.epochs, steps, self.compile_time, done=self.totals.steps
-            ) as progress,
-            self.watched(),
-        ):
-            train_one_epoch(
-                self.network, self.optimizers,
-                self.batches(self.train_batches, epoch, skip=self.totals.steps),
-                self.peak, after_step, self.totals,
-                seed_of=self.seed_of(epoch),
-            )  # fmt: skip
-            self.trained(progress)
-
-    def batches(
-        self, batches: Batches, epoch: int, skip: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those of an epoch, without the first `skip`."""
-        return batches.epoch(epoch, skip)
-
-    def look(self, step: int, totals: Totals, progress: Progress) -> None:
-        """Read the losses so far, show them, and raise Diverged where they are not finite."""
-        losses = totals.losses()
-        self.check_losses(losses)
-        progress.show(step, losses)
-
-    def check_asked(self) -> None:
-        """Raise Interrupted if the process is asked to stop."""
-        INTERRUPTS.check()
-
-    def trained(self, progress: Progress) -> None:
-        """The steps of the epoch are done."""
-
-    def seed_of(self, epoch: int) -> Callable[[int, int], int] | None:
-        """Seed of what (step, module) draws; None where nothing is drawn."""
-        return partial(epoch_seed, self.options.seed, epoch) if self.options.droprate else None
-
-    def watched(self) -> AbstractContextManager:
-        """With --detect_anomaly each operation is; losses scaled for float16 may overflow."""
-        if not self.options.detect_anomaly:
-            return nullcontext()
-        return FirstAnomaly(self.network, backward=self.options.amp != "fp16")
-
-
-def unless_asked(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, until the process is asked to stop: then Interrupted."""
-    for batch in batches:
-        INTERRUPTS.check()
-        yield batch

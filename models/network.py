@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class LocalModule(nn.Module):
             0-d loss and (N, D) head output.
         """
         output, *parts = self.loss_parts(h_out, targets, pixels)
-        return self.weighed(*parts), output
+        return self.weighted_loss(*parts), output
 
     def loss_parts(
         self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
@@ -99,7 +98,7 @@ class LocalModule(nn.Module):
             task = self.task.function(output, targets)
             return output, task, self.decoder and losses.reconstruction(decoded, pixels)
 
-    def weighed(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
+    def weighted_loss(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
         """Local loss (README, equation 6)."""
         if reconstruction is None:
             return task
@@ -107,28 +106,34 @@ class LocalModule(nn.Module):
         return lx * reconstruction + ly * task
 
 
-class LocalStep(NamedTuple):
-    """What one local module leaves of a training step; all detached."""
+class ForwardState:
+    """What goes from module to module in one pass over a batch.
 
-    module: LocalModule
-    output: Tensor
-    loss: Tensor
-
-
-class Ends:
-    """How features come to the first module that a network holds, and leave the last: here, where
-    it holds all of them, from the images and to nowhere.
+    Attributes:
+        h: (N, C, S, S) features that the last module gave out, detached; the images at first.
+        contexts: on offer at the next cut.
     """
 
-    def enter(self, mode: ContextMode, images: Tensor) -> tuple[Tensor, Contexts[Tensor]]:
-        """What enters the first module held, before context, and the contexts on offer there."""
-        return images, Contexts(mode, images)
+    def __init__(self, h: Tensor, contexts: Contexts[Tensor]) -> None:
+        self.h: Tensor | None = h
+        self.contexts = contexts
 
-    def leave(self, h: Tensor, contexts: Contexts[Tensor]) -> None:
-        """The last module held has this output, detached; its backward is yet to come."""
+
+class StageIO:
+    """How features reach the first module of this process, and leave the last.
+
+    Here the process has all modules: features begin as the images and go nowhere.
+    """
+
+    def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
+        """Return what enters the first module, before its context is added."""
+        return ForwardState(images, Contexts(mode, images))
+
+    def send(self, state: ForwardState) -> None:
+        """Pass on what the last module gave out; its backward is yet to come."""
 
     def in_flight(self) -> Sequence[Tensor]:
-        """What is in memory between two steps because of it."""
+        """Return the tensors that are in memory between two steps because of transfers."""
         return ()
 
 
@@ -141,10 +146,10 @@ class ContSupNetwork(nn.Module):
         modules: first to last.
         mode: which contexts are supplied.
         dataset: whose mean and std a decoder's target is un-normalised with.
-        narrow: dtype that autocast runs convs and matrix products in; None for no autocast.
+        autocast_dtype: what autocast runs convs and matrix products in; None for no autocast.
     Attributes:
-        held: the modules that run here, one after the other; all of them but for `hold`.
-        ends: how features get to them and away.
+        stage: the modules that this process runs, one after the other: all, but for `set_stage`.
+        io: how features reach the stage and leave it.
     """
 
     def __init__(
@@ -152,7 +157,7 @@ class ContSupNetwork(nn.Module):
         modules: list[LocalModule],
         mode: ContextMode,
         dataset: str,
-        narrow: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
@@ -160,27 +165,24 @@ class ContSupNetwork(nn.Module):
             module.index = index
         self.mode = mode
         self.dataset = dataset
-        self.narrow = narrow
+        self.autocast_dtype = autocast_dtype
         self.compiled = False
-        self.held, self.ends = list(self.local_modules), Ends()
+        self.stage, self.io = list(self.local_modules), StageIO()
 
-    def hold(self, held: range, ends: Ends) -> None:
-        """From now on run these modules alone, which go on from others elsewhere.
+    def set_stage(self, indices: range, io: StageIO, free_others: bool = False) -> None:
+        """Run only the modules with these indices from now on; others run elsewhere.
 
-        Of the others only names and shapes stay. Call it before the network is put on its device.
+        Args:
+            indices: of the modules.
+            io: how features reach them and leave them.
+            free_others: move the other modules to the meta device, where they take no memory.
+                Call it before the network is moved to its device, and not in FakeTensorMode.
         """
-        self.turn_to(held, ends)
-        for module in self.local_modules:
-            if module.index not in held:
+        self.stage = [module for module in self.local_modules if module.index in indices]
+        self.io = io
+        for module in self.local_modules if free_others else ():
+            if module.index not in indices:
                 module.to("meta")
-
-    def turn_to(self, held: range, ends: Ends) -> None:
-        """Run these modules alone, as `hold` says; the others stay as they are, for another turn.
-
-        Under FakeTensorMode, where no module can be moved, it takes the place of `hold`.
-        """
-        self.held = [module for module in self.local_modules if module.index in held]
-        self.ends = ends
 
     def eagerly(self) -> AbstractContextManager:
         """For a batch size that comes up rarely, and for evaluation: nothing is compiled here."""
@@ -188,7 +190,9 @@ class ContSupNetwork(nn.Module):
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The precision of everything but the losses."""
-        return torch.autocast(device.type, self.narrow) if self.narrow else nullcontext()
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
 
     def compile_steps(self, backend: str = "inductor") -> None:
         """From now on train modules held and encoders compiled; identical ones share their code.
@@ -198,96 +202,49 @@ class ContSupNetwork(nn.Module):
         and kept. Each batch size has code of its own: see `eagerly`.
         """
         self.compiled = True
-        kinds = sum(1 + len(module.context) for module in self.held)  # at most
+        kinds = sum(1 + len(module.context) for module in self.stage)  # at most
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         step, plain = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
         encoding = Functions(compiled(encode), compiled(encode_backward))
-        for module in self.held:
+        for module in self.stage:
             module.forward_and_losses = partial(step, module)
             for encoder in module.context.values():
                 encoder.functions = encoding
                 if not module.context.group:
                     encoder.forward = partial(plain, encoder)
 
-    def in_turn(
-        self, images: Tensor, run: Callable[[LocalModule, Tensor], tuple[Tensor, ...]]
-    ) -> Iterator[tuple]:
-        """Each module held, and what `run` gives for it: the one forward path of every use.
-
-        What enters a module is detached: a backward from its output ends at its own input.
+    def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
+        """Yield each module of the stage with its h_out (N, C, S, S), first to last.
 
         Args:
             images: (N, 3, H, W), normalised.
-            run: a module and its h_in -> its output (N, C, S, S), and what else is asked for.
         """
-        h, contexts = self.ends.enter(self.mode, images)
-        for module in self.held:
+        state = self.io.receive(self.mode, images)
+        for module in self.stage:
             with self.autocast(images.device):
-                if module.index:
-                    h = module.context(h, contexts.named())
-                    contexts.push(h.detach())
-                given = [run(module, h)]
-            h = given[0][0].detach()
-            if module is self.held[-1]:
-                self.ends.leave(h, contexts)
-            yield module, *given.pop()  # handed over: a local variable would keep it
-
-    def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
-        """Each module held with its output (N, C, S, S), from images (N, 3, H, W), normalised."""
-        return self.in_turn(images, lambda module, h_in: (module(h_in),))
+                h_out = module(self._supplied(module, state))
+            self._pass_on(module, state, h_out.detach())
+            yield module, h_out
+            del h_out  # else it would stay for the next module's turn
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W), normalised -> logits (N, num_classes) of the last module."""
+        """Return logits (N, num_classes) of the last module for images (N, 3, H, W), normalised."""
         for module, h_out in self.features(images):  # noqa: B007
             pass
         return self.head_output(module, h_out)
 
     def head_output(self, module: LocalModule, h_out: Tensor) -> Tensor:
-        """A module's h_out (N, C, S, S) -> its head's output (N, D), float32 under autocast."""
+        """Return a module's head output (N, D), float32 under autocast, for its h_out."""
         with self.autocast(h_out.device):
             return wide(module.head(h_out))
 
     def reconstruction(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
-        """What a module's decoder makes of h_out (N, C, S, S): images (N, 3, *size) in [0, 1]."""
+        """Return what a module's decoder makes of h_out: images (N, 3, *size) in [0, 1]."""
         with self.autocast(h_out.device):
             return wide(module.decoder(h_out, size)).sigmoid()
-
-    def local_steps(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        scaled: Callable[[LocalModule, Tensor], Tensor] = lambda module, loss: loss,
-        begin: Callable[[LocalModule], None] = lambda module: None,
-    ) -> Iterator[LocalStep]:
-        """Train step, module by module: forward, its loss, backward, then on to the next.
-
-        Each item comes as soon as the module's gradients are there (they add to what `.grad`
-        holds), so that the caller can step and free them before the next module runs. Let go of
-        the item as well: then nothing of a module is alive in the next one's turn but its
-        features and what the window holds.
-
-        Args:
-            images: (N, 3, H, W), normalised, N >= 2.
-            targets: (N,) class indices.
-            scaled: gives the 0-d tensor to go backward from for a module and its loss.
-            begin: called with each module before its forward.
-        """
-        pixels = self.pixels(images)
-
-        def run(module: LocalModule, h_in: Tensor) -> tuple[Tensor | None, ...]:
-            begin(module)
-            return module.forward_and_losses(h_in, targets, pixels)
-
-        for module, _, output, *parts in self.in_turn(images, run):
-            loss = module.weighed(*parts)
-            del _, parts
-            scaled(module, loss).backward()
-            step = [LocalStep(module, output, loss.detach())]
-            del loss, output
-            yield step.pop()  # handed over: a local variable would keep it for another module
 
     def local_step(
         self,
@@ -295,7 +252,10 @@ class ContSupNetwork(nn.Module):
         targets: Tensor,
         after_backward: Callable[[LocalModule], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Every module's forward and backward, first to last.
+        """Run every module's forward and backward, first to last.
+
+        Gradients add to what `.grad` holds. An `after_backward` that steps the module's optimizer
+        and frees the gradients keeps those of one module in memory at a time.
 
         Args:
             images: (N, 3, H, W), normalised, N >= 2.
@@ -304,18 +264,64 @@ class ContSupNetwork(nn.Module):
         Returns:
             Logits (N, num_classes) of the last module and the K losses, 0-d; all detached.
         """
+        state, pixels = self.io.receive(self.mode, images), self.pixels(images)
         local_losses = []
-        for step in self.local_steps(images, targets):
-            local_losses.append(step.loss)
+        for module in self.stage:
+            loss, logits = self.module_step(module, state, targets, pixels)
+            local_losses.append(loss)
             if after_backward is not None:
-                after_backward(step.module)
-            logits = step.output
-            del step
+                after_backward(module)
         return logits, local_losses
+
+    def module_step(
+        self,
+        module: LocalModule,
+        state: ForwardState,
+        targets: Tensor,
+        pixels: Tensor | None,
+        scale_loss: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one module's context, forward, loss and backward (README, equations 1 to 9).
+
+        Afterwards its gradients are there, and `state` has its output for the next module. All
+        else that the module made is freed: the features that enter are detached, so the backward
+        ends at this module's own input.
+
+        Args:
+            state: the pass over the batch, after the module before this one.
+            targets: (N,) class indices.
+            pixels: (N, 3, H, W) target of a decoder, from `pixels`; None where nothing decodes.
+            scale_loss: gives the 0-d tensor to go backward from, for a loss scaler.
+        Returns:
+            0-d loss and head output (N, D), detached.
+        """
+        with self.autocast(targets.device):
+            h_in = self._supplied(module, state)
+            h_out, output, task, reconstruction = module.forward_and_losses(h_in, targets, pixels)
+        self._pass_on(module, state, h_out)
+        del h_in, h_out
+        loss = module.weighted_loss(task, reconstruction)
+        del task, reconstruction  # after the backward nothing of this module is alive
+        (loss if scale_loss is None else scale_loss(loss)).backward()
+        return loss.detach(), output
+
+    def _supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
+        """Return the module's h_in (N, C, S, S) (README, equation 1), and move the contexts on."""
+        h, state.h = state.h, None  # so that the context can take the place of the features
+        if module.index:
+            h = module.context(h, state.contexts.named())
+            state.contexts.push(h.detach())
+        return h
+
+    def _pass_on(self, module: LocalModule, state: ForwardState, h_out: Tensor) -> None:
+        """Keep a module's detached output for the next one, in this process or another."""
+        state.h = h_out
+        if module is self.stage[-1]:
+            self.io.send(state)
 
     def pixels(self, images: Tensor) -> Tensor | None:
         """Un-normalised images in [0, 1], the decoders' target; None where nothing decodes."""
-        if all(module.decoder is None for module in self.held):
+        if all(module.decoder is None for module in self.stage):
             return None
         data = DATASETS[self.dataset]
         channels = [

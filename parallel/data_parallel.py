@@ -1,15 +1,13 @@
-"""`--parallel data`: each local module is replicated over the ranks, which share each batch.
+"""`--parallel data`: every rank trains all modules on a part of each batch.
 
-The ranks are those of torch.distributed's default group. Each has the whole network and a part of
-every batch, and torch's DistributedDataParallel takes the mean of a module's gradients over the
-ranks in that module's backward; so all ranks take the same steps. With `sync_bn` BatchNorm takes
-the statistics of the whole batch, and then it is the training of one process, but for the order of
-sums.
+torch's DistributedDataParallel averages a module's gradients over the ranks in that module's
+backward, so all ranks take the same steps. With `--sync_bn` BatchNorm takes the statistics of the
+whole batch, and the training is that of one process but for the order of sums.
 """
 
+import argparse
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from operator import mul
 from typing import Any
 
@@ -26,6 +24,7 @@ from dataloaders import share_sizes
 from engine.checkpoint import Checkpoint
 from models import ContSupNetwork, LocalModule
 from models.norm_relu import Kernels, OfRanks, move_running
+from parallel.strategy import ParallelStrategy
 
 
 class SharedBatch:
@@ -44,8 +43,7 @@ class SharedBatch:
         """ValueError unless the part of this rank has `own` samples."""
         if own != self.sizes[self.rank]:
             raise ValueError(
-                f"a part of {own} samples, not {self.sizes[self.rank]}: say with Replicas.begin "
-                "and .next what comes"
+                f"a part of {own} samples, not {self.sizes[self.rank]}: call begin_batch first"
             )
 
     def weight(self) -> float:
@@ -92,94 +90,81 @@ class SharedBatch:
         return losses.supervised_contrastive(embeddings, targets, among=among, first=first)
 
 
-class Replicas:
-    """Replicates the modules of a network, each in a DistributedDataParallel of its own (see
-    parallel.py, `Way`).
+class DataParallelStrategy(ParallelStrategy):
+    """A part of each batch a process; every process has all modules.
 
-    Make it on all ranks, in an initialised default group.
-
-    Args:
-        sync_bn: BatchNorm takes the statistics of the whole batch in training, not of a rank's
-            part of it.
+    Gradients are averaged before a GradScaler looks at them. So with float16 all ranks skip the
+    same steps, and their scales stay the same.
     """
 
-    steps_to_fill = 2
-    waiting = nullcontext()
-
-    def __init__(self, *, sync_bn: bool) -> None:
-        self.sync_bn, self.batch = sync_bn, SharedBatch()
-        self.share = self.batch.rank, self.batch.number
-        self.stream = (self.batch.rank,)
+    def divide(
+        self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device
+    ) -> None:
+        """Raise InputError if --sync_bn is to be compiled."""
+        if options.sync_bn and options.compile:
+            raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
+        self.sync_bn, self.batch = options.sync_bn, SharedBatch()
+        self.share = self.rank, self.size
+        self.seeds = (self.rank,)
         self._sizes: deque[int] = deque()
 
     def describe(self) -> dict[str, Any]:
-        """For the run's files."""
-        return {"way": "data", "sync_bn": self.sync_bn}
+        return {"processes": self.size, "way": "data", "sync_bn": self.sync_bn}
 
     def __str__(self) -> str:
         statistics = "the whole batch" if self.sync_bn else "its own part"
-        return (f"each batch in {self.batch.number} parts, one a process; BatchNorm takes "
-                f"statistics of {statistics}")  # fmt: skip
+        return (f"each batch in {self.size} parts, one a process; BatchNorm takes statistics of "
+                f"{statistics}")  # fmt: skip
 
-    def prepare(self, network: ContSupNetwork) -> None:
-        """Nothing to do yet."""
+    def place(
+        self, network: ContSupNetwork, options: argparse.Namespace, device: torch.device
+    ) -> None:
+        """Move the network to the device, and wrap each module's step in DistributedDataParallel.
 
-    def ready(self, network: ContSupNetwork) -> None:
-        """Replicate the modules of a network that is on its device, compiled or not.
-
-        To be done before its optimizers are made; weights and statistics become those of rank 0.
-        Names in the network's state_dict stay. Gradients are averaged before a GradScaler looks at
-        them. So with float16 all ranks leave out the same steps, and their scales stay the same.
-
-        Raises:
-            InputError: sync_bn in a compiled network.
+        Weights and statistics become those of rank 0. Names in the network's state_dict stay.
         """
-        if self.sync_bn and network.compiled:
-            raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
-        self.network = network
-        for module in network.held:
+        super().place(network, options, device)
+        for module in network.stage:
             if self.sync_bn:
                 _synchronise(module, OfRanks(self.batch))
             if module.task.function is losses.supervised_contrastive:
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
-            _replicate(module, self.batch)
+            _wrap_step(module, self.batch)
         if network.compiled:
-            # Else a step is cut where a bucket is full, which the code of --recompute can't be.
+            # Else the compiler splits a step where a bucket is full; --recompute can't be split.
             torch._dynamo.config.optimize_ddp = False
 
     def begin(self, sizes: Sequence[int]) -> None:
-        """Batches of these sizes, of all ranks together, come next."""
         self._sizes = deque(sizes)
 
-    def next(self) -> None:
-        """The next of them is here."""
-        self.batch.sizes = share_sizes(self._sizes.popleft(), self.batch.number)
-
-    def last(self) -> None:
-        """No batch follows: nothing to do."""
+    def begin_batch(self) -> None:
+        self.batch.sizes = share_sizes(self._sizes.popleft(), self.size)
 
     def end(self) -> None:
-        """Give all ranks the running statistics of rank 0; they are its own without sync_bn."""
-        for module in self.network.held:
+        """Give all ranks the running statistics of rank 0; without sync_bn they differ."""
+        for module in self.network.stage:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def merged(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The sums of all samples; a loss is finite where all parts of it are."""
+    def merge_totals(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Add the sums of all samples; a loss is finite where all parts of it are."""
         finite = torch.stack([part["finite_steps"] for part in parts]).amin(0)
         sums = {name: sum(part[name] for part in parts)
                 for name in ("losses", "wrong", "samples", "full")}  # fmt: skip
         seconds = max(part["seconds"] for part in parts)
         return {**parts[0], **sums, "finite_steps": finite, "seconds": seconds}
 
-    def losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
-        """Means over all samples."""
+    def merge_losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
+        """Return the means over all samples."""
         counts = [samples for _, samples in parts]
         by_module = zip(*(losses for losses, _ in parts), strict=True)
         return [sum(map(mul, of_module, counts)) / sum(counts) for of_module in by_module]
 
-    def part(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Rank 0 has the sums so far, and the others add to them; samples each has its share of."""
+    def merge_scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:
+        return parts[0]  # they are the same on all ranks
+
+    def split(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return rank 0 the sums so far and others zeros; of the samples, each its share."""
         totals = dict(checkpoint.totals)
         if totals:
             rank, number = self.share
@@ -187,13 +172,6 @@ class Replicas:
             if rank:
                 totals |= {name: totals[name] * 0 for name in ("losses", "wrong")}
         return checkpoint._replace(totals=totals)
-
-    def scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:
-        """They are all the same."""
-        return parts[0]
-
-    def stalled(self) -> None:
-        """Not known."""
 
 
 class _Step(nn.Module):
@@ -225,16 +203,16 @@ class _Step(nn.Module):
         return h_out, output, *parts
 
 
-def _replicate(module: LocalModule, batch: SharedBatch) -> None:
+def _wrap_step(module: LocalModule, batch: SharedBatch) -> None:
     """Have a module's training step average its gradients over the ranks.
 
-    The optimizers let go of gradients between steps, but DistributedDataParallel keeps a buffer
-    for them. As views into it they need no memory besides.
+    DistributedDataParallel keeps a buffer for gradients. They are views into it, so that they take
+    no memory besides.
     """
-    replicated = DistributedDataParallel(
+    step = DistributedDataParallel(
         _Step(module, batch), forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-    module.forward_and_losses = replicated.__call__  # a method, which is no part of the module
+    module.forward_and_losses = step.__call__  # a method, which is no part of the module
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):

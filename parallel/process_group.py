@@ -1,7 +1,7 @@
-"""The processes that torchrun starts: how they come together, tell each other things, and end.
+"""The processes that torchrun starts: rendezvous, communication, and how they end.
 
-torch.distributed carries everything. Tensors of a step go by NCCL on CUDA, and all else by Gloo;
-what is rare (a loss to be printed, that a process has failed) by the store that torchrun keeps.
+The tensors of a step travel by NCCL on CUDA, and everything else by Gloo. Rare messages (a loss to
+print, the failure of a process) go through the store that torchrun keeps.
 """
 
 import argparse
@@ -25,32 +25,32 @@ from configs import InputError, one_line
 from engine.checkpoint import CannotSave
 from engine.console import say
 from engine.device import choose_device
+from engine.errors import ConnectionLost, Diverged, PeerFailed
 from engine.signals import INTERRUPTS, Interrupted
-from engine.training import Diverged, Elsewhere, Lost
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for another that is alive: it may compile, download or save."""
+ALIVE_TIMEOUT = timedelta(minutes=30)
+"""How long to wait for a process that is alive: it may compile, download or save."""
 
-WELCOME = timedelta(minutes=5)
-"""How long a process waits for all others to have begun."""
+START_TIMEOUT = timedelta(minutes=5)
+"""How long to wait for all processes to begin."""
 
-SILENCE = 20.0
-"""Seconds without a sign of life after which a process counts as dead."""
+HEARTBEAT_TIMEOUT = 20.0
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 
-class Team:
+class ProcessGroup:
     """The processes of a run, as one of them sees them; use it with `with`.
 
-    Rank 0 prints, and writes the run folder. A process that fails or dies takes the others with it.
+    A process that fails or dies ends the others too.
 
     Args:
-        options: as typed; raises InputError where they are not all the same.
+        options: as typed. Entering raises InputError unless all processes have the same.
     Attributes:
-        rank, size: of this process, from 0; how many there are.
+        rank, size: of this process, from 0; number of processes.
         device: of this process.
-        all_stop: whether all of them know that the run stops here.
+        all_stop: whether all processes know that the run stops here.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -62,70 +62,74 @@ class Team:
             )
         self.options = options
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names[:3])
-        self.is_first = self.rank == 0
         self.all_stop = False
         self._flags: deque[tuple[Tensor, list[dist.Work]]] = deque()
 
-    def __enter__(self) -> "Team":
-        if not self.is_first:
+    def __enter__(self) -> "ProcessGroup":
+        if self.rank != 0:
             sys.stdout = open(os.devnull, "w")
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=WELCOME))
+            store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         except RuntimeError as error:
             address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise Lost(f"rank {self.rank} can't reach {address}: {one_line(error)}") from error
-        store.set_timeout(PATIENCE)
-        name = meet(store, self.rank, self.size)
+            raise ConnectionLost(
+                f"rank {self.rank} can't reach {address}: {one_line(error)}"
+            ) from error
+        store.set_timeout(ALIVE_TIMEOUT)
+        name = rendezvous(store, self.rank, self.size)
         self.store = dist.PrefixStore(name, store)
-        self.watch = Watch(dist.PrefixStore(name, store.clone()), self.rank, self.size)
-        self.watch.start()
-        with self._told():
+        self.heartbeat = Heartbeat(dist.PrefixStore(name, store.clone()), self.rank, self.size)
+        self.heartbeat.start()
+        with self._failures():
             self.device = self._device()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", self.store), rank=self.rank,
-                world_size=self.size, timeout=PATIENCE,
+                world_size=self.size, timeout=ALIVE_TIMEOUT,
             )  # fmt: skip
             self._check_options()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        with self._told():
+        with self._failures():
             if error is not None and not (isinstance(error, Interrupted) and self.all_stop):
                 raise error
             dist.barrier()  # torchrun would end rank 0, which may have a file to write
-        self.watch.stop()
+        self.heartbeat.stop()
         dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """What goes wrong inside is made known to the others, and ends them."""
+    def _failures(self) -> Iterator[None]:
+        """Tell the other processes of an exception inside, which ends them.
+
+        Raises PeerFailed where another process says why, and ConnectionLost.
+        """
         try:
             yield
-        except Elsewhere:
+        except PeerFailed:
             raise
         except RuntimeError as error:
             if not _is_of_a_connection(error):
-                self.watch.fail()
+                self.heartbeat.fail()
                 raise
-            if self.watch.knows_why():
-                raise Elsewhere from error
-            self.watch.fail()
+            if self.heartbeat.knows_why():
+                raise PeerFailed from error
+            self.heartbeat.fail()
             reason = one_line(error).split("] ", 1)[-1].split(". ")[0]
-            raise Lost(
+            raise ConnectionLost(
                 f"rank {self.rank} lost the connection to another process ({reason})"
             ) from error
         except (InputError, CannotSave, Diverged) as error:
-            self.watch.fail()
-            if not self.watch.is_news(str(error)):
-                raise Elsewhere from error
+            self.heartbeat.fail()
+            if not self.heartbeat.is_first_report(str(error)):
+                raise PeerFailed from error
             raise
         except BaseException:
-            self.watch.fail()
+            self.heartbeat.fail()
             raise
 
     def _device(self) -> torch.device:
-        """A GPU a process, or the CPU; InputError where that can't be."""
+        """Return a GPU of this process's own, or the CPU; raise InputError if there is none."""
         name = self.options.device
         if ":" in name:
             raise InputError(f"--device {name} is one device, and each process has its own: "
@@ -155,41 +159,32 @@ class Team:
                         f"{typed[0][name]}: give all the same options"
                     )
 
-    # What they tell each other
+    # Communication
 
-    def begin(self, act: str, *arguments: object) -> None:
-        """Rank 0: have the others do the same; without an act they are done."""
-        if self.is_first:
-            self.share((act, arguments))
-
-    def told(self) -> tuple[str, tuple]:
-        """The others: the act that rank 0 begins with `begin`, and its arguments."""
-        return self.share()
-
-    def share(self, value: T | None = None) -> T:
-        """Rank 0's value, for all."""
+    def broadcast(self, value: T | None = None) -> T:
+        """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather_all(self, value: T) -> list[T]:
-        """Everyone's value by rank, for all."""
+        """Return every rank's value, by rank, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def gather(self, value: T) -> list[T] | None:
-        """Everyone's value by rank, for rank 0."""
-        values = [None] * self.size if self.is_first else None
+        """Return every rank's value, by rank, on rank 0, and None elsewhere."""
+        values = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0)
         return values
 
-    def signal(self) -> int:
-        """What rank 0 says before each step: 0 to go on after it, or the signal to stop by.
+    def stop_signal(self) -> int:
+        """Return the signal to stop by after the next step, or 0: rank 0 sends it before each step.
 
-        It goes from host to host, so that no device is waited for.
+        It travels between hosts, so that no device is waited for.
         """
-        if not self.is_first:
+        if self.rank != 0:
             if INTERRUPTS.asked is not None:
                 self.store.set("asked", str(int(INTERRUPTS.asked)))
             flag = torch.empty(1, dtype=torch.int64)
@@ -200,12 +195,12 @@ class Team:
             number = int(self.store.get("asked"))
         flag = torch.tensor([number])
         self._flags.append((flag, [dist.isend(flag, dst=r) for r in range(1, self.size)]))
-        while len(self._flags) > 4 * self.size:  # none is so many steps behind for long
+        while len(self._flags) > 4 * self.size:  # none lags this many steps behind for long
             self._wait_for_oldest_flag()
         return number
 
     def settle(self) -> None:
-        """Wait until all flags have come through."""
+        """Wait until all stop signals have been received."""
         while self._flags:
             self._wait_for_oldest_flag()
 
@@ -214,15 +209,17 @@ class Team:
             work.wait()
 
 
-def meet(store: dist.Store, rank: int, size: int) -> str:
-    """Wait until all processes are here; gives a name that is of this meeting alone.
+def rendezvous(store: dist.Store, rank: int, size: int) -> str:
+    """Wait until all processes have started; return a name for this start alone.
 
-    torchrun may start them again (--max_restarts), not everywhere the same number of times, and its
-    store has what was there before. So each comes with a new token, and rank 0 gives the name to
-    every token that it sees. Lost if one does not come within WELCOME, or if the store goes.
+    torchrun may restart them (--max_restarts), a different number of times on each machine, and its
+    store keeps what earlier starts wrote. So each process writes a new token, and rank 0 answers
+    every token that it sees with the name.
+
+    Raises ConnectionLost if a process does not start within START_TIMEOUT, or if the store goes.
     """
     token = name = uuid.uuid4().hex
-    end = time.monotonic() + WELCOME.total_seconds()
+    end = time.monotonic() + START_TIMEOUT.total_seconds()
     try:
         store.set(f"token/{rank}", token)
         while True:
@@ -237,17 +234,17 @@ def meet(store: dist.Store, rank: int, size: int) -> str:
             if len(here) == size:
                 return name
             if time.monotonic() > end:
-                raise Lost(f"rank {rank}: of {size} processes only {here} have come in "
-                           f"{WELCOME.seconds // 60} minutes")  # fmt: skip
+                raise ConnectionLost(f"rank {rank}: of {size} processes only {here} have come in "
+                           f"{START_TIMEOUT.seconds // 60} minutes")  # fmt: skip
             time.sleep(0.05)
     except RuntimeError as error:
-        raise Lost(f"rank {rank}: the process that keeps the store is gone") from error
+        raise ConnectionLost(f"rank {rank}: the process that keeps the store is gone") from error
 
 
-class Watch(threading.Thread):
-    """Gives signs of life, and ends this process if another has failed or gives none.
+class Heartbeat(threading.Thread):
+    """A thread that sends heartbeats, and ends this process if another fails or sends none.
 
-    A thread of its own, since the main one may be waiting for the other process.
+    It is a thread since the main one may be waiting for the other process.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
@@ -274,9 +271,9 @@ class Watch(threading.Thread):
                 return
 
     def _why(self) -> str | None:
-        """Why this process should end, if it should; '' where another says that.
+        """Return why this process should end, or None; '' where another process says why.
 
-        Time is counted in beats of its own: a machine may have been suspended.
+        Time is counted in this process's own beats, since the machine may have been suspended.
         """
         if self.store.check(["failed"]):
             return ""
@@ -287,8 +284,8 @@ class Watch(threading.Thread):
             latest = self.store.get(key) if self.store.check([key]) else b""
             if latest != beat:
                 self._heard[rank] = latest, self._beat
-            elif self._beat - when > SILENCE:
-                return f"rank {rank} has given no sign of life for {SILENCE:.0f} s"
+            elif self._beat - when > HEARTBEAT_TIMEOUT:
+                return f"rank {rank} has sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
         return None
 
     def _end(self, why: str) -> None:
@@ -299,19 +296,19 @@ class Watch(threading.Thread):
             os._exit(1)
 
     def fail(self) -> None:
-        """This process has failed: tell the others."""
+        """Tell the others that this process has failed."""
         self._failing = True
         self._ask(lambda: self.store.set("failed", str(self.rank)))
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             time.sleep(2)  # else this torchrun may be gone, with its store, before others know it
 
-    def is_news(self, error: str) -> bool:
-        """Whether no other process here has asked this: what several find alike, one says."""
-        key = f"said on {os.environ.get('GROUP_RANK', '0')}: {error}"  # that is, on a machine
+    def is_first_report(self, error: str) -> bool:
+        """Return whether this process is the first on its machine to report this error."""
+        key = f"reported on {os.environ.get('GROUP_RANK', '0')}: {error}"  # that is, on a machine
         return self._ask(lambda: self.store.add(key, 1)) in (1, None)
 
     def knows_why(self) -> bool:
-        """Whether another process has failed, and says why; waits for that a little."""
+        """Return whether another process has failed and says why, after waiting 2 s at most."""
         for _ in range(20):
             if self._ask(lambda: self.store.check(["failed"])):
                 return True
@@ -319,7 +316,7 @@ class Watch(threading.Thread):
         return False
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """What the store answers; None if it is gone or does not answer."""
+        """Return the store's answer; None if the store is gone or does not answer."""
         if self._lock.acquire(timeout=2):
             try:
                 return question()
@@ -330,10 +327,10 @@ class Watch(threading.Thread):
         return None
 
     def stop(self) -> None:
-        """The end is as it should be."""
+        """Stop watching: the run has ended as it should."""
         self._done.set()
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:
-    """Whether a process at the other end may be the reason; Gloo's errors have no class."""
+    """Return whether the other end may have caused this error; Gloo's errors have no class."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)

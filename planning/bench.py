@@ -128,8 +128,7 @@ def training_step(
 
     def step() -> None:
         with peak.step(len(targets), alive):
-            for _ in train_step(network, optimizers, images, targets, totals):
-                pass
+            train_step(network, optimizers, images, targets, totals)
 
     return step, peak
 

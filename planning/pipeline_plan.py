@@ -21,16 +21,10 @@ from configs import InputError
 from dataloaders import count_images
 from engine.memory import MIB
 from models import ContSupNetwork, build_network
-from parallel.pipeline import (
-    IN_FLIGHT,
-    Kind,
-    Link,
-    balanced_ranges,
-    check_count,
-    check_ranges,
-    crossing,
-)
-from parallel.pipeline import shown as shown_range
+from parallel.stages import balanced_ranges, check_count, check_ranges
+from parallel.stages import format_range as shown_range
+from parallel.transfer import IN_FLIGHT, Link, crossing
+from parallel.transfer import FeatureSpec as Kind
 from planning.plan import Plan, fake_batch, step_peaks
 
 MB = 10**6
@@ -223,7 +217,7 @@ def take(
         return Done()
 
     link = Link(device, incoming, lambda _: Done(), outgoing, send)
-    network.turn_to(held, link)
+    network.set_stage(held, link)
     link.begin([samples] * (IN_FLIGHT + 2))  # another one follows the last step here
     with counter:
         step_peaks(network, images, targets)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import Cut
 from engine.memory import MIB, LiveBytes, readable
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
-from models import ContSupNetwork, build_network
+from models import ContSupNetwork, LocalModule, build_network
 
 END_TO_END = {
     "local_module_num": 1,
@@ -120,8 +120,10 @@ def step_flops(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list
     flops = []
     with FlopCounterMode(display=False) as counter:
         totals = Totals(network, images.device)
-        for _ in train_step(network, make_optimizers(network), images, targets, totals):
-            flops.append(counter.get_total_flops() - sum(flops))
+        train_step(
+            network, make_optimizers(network), images, targets, totals,
+            after_module=lambda _: flops.append(counter.get_total_flops() - sum(flops)),
+        )  # fmt: skip
     return flops
 
 
@@ -131,9 +133,12 @@ def step_peaks(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list
     totals = Totals(network, images.device)
     peaks = []
     with LiveBytes(tensors_alive(network, optimizers, images, targets)) as meter:
-        for _ in train_step(network, optimizers, images, targets, totals):
+
+        def after_module(_: LocalModule) -> None:
             peaks.append(meter.peak)
             meter.peak = meter.live
+
+        train_step(network, optimizers, images, targets, totals, after_module=after_module)
     return peaks
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import train
 from engine.checkpoint import read_checkpoint
+from engine.errors import exit_status
 
 
 def main(monkeypatch, capsys, *arguments, script=train):
     """Exit status, output lines and error lines of train.py, or of another script."""
     monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
     try:
-        status = script.main()
+        status = script.main() if script is not train else exit_status(train.main)
     except SystemExit as error:
         status = error.code
     captured = capsys.readouterr()

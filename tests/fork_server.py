@@ -61,7 +61,7 @@ class Server:
             limit, deadly: let no file grow beyond so many bytes; deadly: who tries dies.
             stdout, stderr: what these are, if not files to be read here.
             environment: variables to set.
-            patience: `team.SILENCE` of it, in seconds.
+            patience: `HEARTBEAT_TIMEOUT` of it, in seconds.
         """
         arguments = [str(argument) for argument in arguments]
         self.process.stdin.write(json.dumps({"arguments": arguments, **plan}) + "\n")
@@ -137,6 +137,7 @@ def child(arguments, plan):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     import train
+    from engine.errors import exit_status
     from engine.signals import INTERRUPTS
     from parallel import process_group as team
 
@@ -147,10 +148,10 @@ def child(arguments, plan):
         if plan.get("deadly"):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     counted = trace(plan) if {"line", "call"} & plan.keys() else [0]
-    team.SILENCE = plan.get("patience", team.SILENCE)
+    team.HEARTBEAT_TIMEOUT = plan.get("patience", team.HEARTBEAT_TIMEOUT)
     sys.argv = ["train.py", *arguments]
     try:
-        status = train.main()
+        status = exit_status(train.main)
     except Exception:
         traceback.print_exc()
         status = 1
@@ -198,7 +199,8 @@ def serve():
     import torch
     from cli import few_test_images
 
-    import parallel  # noqa: F401
+    import parallel.data_parallel
+    import parallel.pipeline  # noqa: F401
     import train  # noqa: F401
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from dataloaders import count_images, load_dataset
 from engine.memory import LiveBytes
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
-from parallel.pipeline import IN_FLIGHT, Link, crossing
+from parallel.transfer import IN_FLIGHT, Link, crossing
 from planning.pipeline_plan import Speeds, ends_of_epoch, make_parallel_plan, processes_asked
 from planning.plan import make_plan
 from report.results import read_records
@@ -29,6 +29,7 @@ WAYS = [
 ]
 CLI = (
     "--layers", "8", "--local_module_num", "4", "--dataset", "cifar10", "--batch_size", "16",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
     "--dry_run", "--parallel", "modules",
 )  # fmt: skip
 

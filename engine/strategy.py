@@ -1,0 +1,153 @@
+"""How the work of a run is divided among processes: here, one process does all of it.
+
+The strategies of several processes are in parallel/. The training loop calls the same methods of
+either and does not know how many processes there are.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dataloaders import Batches, ImageData
+from engine.checkpoint import Checkpoint
+from engine.console import Progress
+from engine.device import choose_device, ready
+from engine.memory import PeakMemory
+from engine.run_folder import RunFolder
+from engine.signals import INTERRUPTS
+from engine.step import Totals
+from models import ContSupNetwork
+
+T = TypeVar("T")
+
+
+class Strategy:
+    """One process that has all modules and all samples; the base of the strategies in parallel/.
+
+    Use it with `with`.
+
+    Attributes:
+        rank, size: of this process, from 0; number of processes. Rank 0 prints and writes.
+        share: (part, number of parts): which part of each batch this process takes.
+        seeds: numbers that set this process's dropout apart from that of others, which run the same
+            modules on other samples.
+        warm_up: steps after which a step takes as much memory as any later one.
+        peak_note: what `peak_memory_how` adds about processes.
+    """
+
+    rank, size = 0, 1
+    share = (0, 1)
+    seeds: tuple[int, ...] = ()
+    warm_up = 2
+    peak_note = ""
+
+    def __enter__(self) -> "Strategy":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the process's part of the run."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is rank 0."""
+        return self.rank == 0
+
+    # Communication
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Call `act` on rank 0 alone; return its result on every rank."""
+        return act()
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on every rank."""
+        return [value]
+
+    # Setting up
+
+    def device(self, name: str) -> torch.device:
+        """Return this process's device for `--device`; raise InputError if it is not there."""
+        return choose_device(name)
+
+    def run_folder(self, path: Path, options: argparse.Namespace) -> RunFolder:
+        """Return the run folder as this process sees it: rank 0 writes."""
+        return RunFolder(path, options)
+
+    def divide(
+        self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device
+    ) -> None:
+        """Decide which process does what; `arguments` are those of `build_network`."""
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return how the work is divided, for the run's files; None for one process."""
+        return None
+
+    def place(
+        self, network: ContSupNetwork, options: argparse.Namespace, device: torch.device
+    ) -> None:
+        """Move what this process runs of the network to the device, and compile it if asked."""
+        ready(network, device, channels_last=options.channels_last, compiled=options.compile)
+
+    def load_data(self, load: Callable[[], ImageData]) -> ImageData:
+        """Return what `load` gives; raise InputError unless all ranks read the same data."""
+        return load()
+
+    # Training
+
+    def batches(
+        self, batches: Batches, epoch: int, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches without the first `skip`; raise Interrupted after a signal."""
+        for batch in batches.epoch(epoch, skip):
+            yield batch
+            self.check_signals()
+
+    def check_signals(self) -> None:
+        """Raise Interrupted if a signal has asked this run to stop."""
+        INTERRUPTS.check()
+
+    def show_losses(self, step: int, totals: Totals, progress: Progress) -> None:
+        """Show the mean losses of the epoch so far."""
+        progress.show(step, totals.losses())
+
+    def reduce(self, totals: Totals) -> Totals:
+        """Return the sums of all modules and samples."""
+        return totals
+
+    def figures(self, own: Totals, trained: Totals, peak: PeakMemory) -> dict[str, Any]:
+        """Return what an epoch's steps took, for metrics.jsonl.
+
+        Args:
+            own: this process's sums of the epoch.
+            trained: the same after `reduce`.
+            peak: this process's meter.
+        """
+        return {
+            "samples_per_second": trained.samples / trained.seconds,
+            "peak_memory_bytes": peak.bytes,
+        }
+
+    def gather_images(self, draw: Callable[[], dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+        """Return every rank's rows of images on rank 0; `draw` makes this rank's of `count`."""
+        return draw()
+
+    def end_run(self) -> None:
+        """Raise Interrupted if a signal came during the last steps: command.sh stops then."""
+        self.check_signals()
+
+    # Checkpoints
+
+    def own_part(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint as this process continues from it."""
+        return checkpoint
+
+    def join_parts(self, own: Checkpoint) -> Checkpoint:
+        """Return the checkpoint of the run on rank 0, from every rank's own part."""
+        return own

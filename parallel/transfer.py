@@ -1,0 +1,238 @@
+"""`--parallel modules`: the features that travel from one process to the next."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.device import memory_format
+from models import build_network
+from models.context import ContextMode, Contexts
+from models.network import ForwardState, StageIO
+
+IN_FLIGHT = 2
+"""Batches whose features may be on their way to the next process at once."""
+
+
+class FeatureSpec(NamedTuple):
+    """Shape of one sample, dtype and memory format of a tensor that crosses a cut."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "FeatureSpec":
+        """Return the spec of features (N, C, S, S)."""
+        is_last = tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        return cls(tuple(tensor.shape[1:]), tensor.dtype, layout)
+
+    def empty(self, samples: int, device: torch.device) -> Tensor:
+        """Return an uninitialised tensor for this many samples."""
+        shape, layout = (samples, *self.shape), self.memory_format
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=layout)
+
+    def matched(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in this memory format; raise RuntimeError if shape or dtype differ."""
+        if tuple(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
+            raise RuntimeError(f"{FeatureSpec.of(tensor)} crosses a cut where {self} should")
+        return tensor.contiguous(memory_format=self.memory_format)
+
+    def nbytes(self, samples: int) -> int:
+        """Return the bytes of this many samples."""
+        return samples * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def crossing(
+    arguments: dict[str, Any], device: torch.device, channels_last: bool
+) -> list[list[FeatureSpec]]:
+    """Return, for each cut, the specs of the tensors that cross it.
+
+    These are the features, then the module inputs in the window of `Rn`, oldest first. The images
+    and labels do not cross: every process reads them. No tensor is allocated for this.
+
+    Args:
+        arguments: of `build_network`.
+    """
+    with FakeTensorMode(), torch.no_grad(), device:
+        network = build_network(**arguments)
+        size = arguments["image_size"]
+        images = torch.empty(2, 3, size, size, memory_format=memory_format(channels_last))
+        recorder = _Recorder()
+        for index in range(len(network.eval().local_modules)):
+            network.set_stage(range(index, index + 1), recorder)
+            for _ in network.features(images):
+                pass
+        return [[FeatureSpec.of(tensor) for tensor in tensors] for tensors in recorder.sent[:-1]]
+
+
+class _Recorder(StageIO):
+    """Runs the modules one stage at a time, and records what each sends to the next."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Tensor]] = []
+
+    def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
+        if not self.sent:
+            return super().receive(mode, images)
+        return received_state(mode, images, self.sent[-1])
+
+    def send(self, state: ForwardState) -> None:
+        self.sent.append([state.h, *state.contexts.pushed()])
+
+
+def received_state(mode: ContextMode, images: Tensor, tensors: Sequence[Tensor]) -> ForwardState:
+    """Return the state in which features and window were sent, from what was received."""
+    h, *pushed = tensors
+    contexts = Contexts(mode, images)
+    for h_in in pushed:
+        contexts.push(h_in)
+    return ForwardState(h, contexts)
+
+
+class Link(StageIO):
+    """Receives features from the process before, and sends them to the next.
+
+    The next batch's features are being received while this batch trains, and this batch's are sent
+    during the backward.
+
+    Args:
+        device: of the features.
+        incoming: specs of what the process before sends; None for the first process.
+        receive: starts to receive into a contiguous tensor.
+        outgoing: specs of what the next process expects; None for the last process.
+        send: starts to send a contiguous tensor.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        incoming: Sequence[FeatureSpec] | None,
+        receive: Callable[[Tensor], dist.Work] | None,
+        outgoing: Sequence[FeatureSpec] | None,
+        send: Callable[[Tensor], dist.Work] | None,
+    ) -> None:
+        self.device, self.incoming, self.outgoing = device, incoming, outgoing
+        self._receive, self._send = receive, send
+        self.waits = DeviceWaits(device)
+        self._sizes: deque[int] = deque()
+        self._coming: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+        self._going: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Expect batches of these sizes, one after the other."""
+        self._sizes = deque(sizes)
+        self._expect()
+
+    def end(self) -> None:
+        """Expect no batch after the one that is being received or trained on."""
+        self._sizes.clear()
+
+    def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
+        if self.incoming is None:
+            return super().receive(mode, images)
+        tensors, works = self._coming.popleft()
+        self._wait(works)
+        self._expect()
+        return received_state(mode, images, tensors)
+
+    def send(self, state: ForwardState) -> None:
+        if self.outgoing is None:
+            return
+        if len(self._going) == IN_FLIGHT:
+            self._wait(self._going.popleft()[1])
+        tensors = (state.h, *state.contexts.pushed())
+        specs_and_tensors = zip(self.outgoing, tensors, strict=True)
+        pieces = [contiguous_view(spec.matched(tensor)) for spec, tensor in specs_and_tensors]
+        with hidden_from_profiler():
+            self._going.append((pieces, [self._send(piece) for piece in pieces]))
+
+    def in_flight(self) -> list[Tensor]:
+        """Return what was received ahead of time, and what has not been sent."""
+        return [t for tensors, _ in (*self._coming, *self._going) for t in tensors]
+
+    def flush(self) -> None:
+        """Wait until everything has been sent."""
+        while self._going:
+            self._wait(self._going.popleft()[1])
+
+    def _expect(self) -> None:
+        if self.incoming is None or not self._sizes:
+            return
+        samples = self._sizes.popleft()
+        tensors = [spec.empty(samples, self.device) for spec in self.incoming]
+        with hidden_from_profiler():
+            works = [self._receive(contiguous_view(tensor)) for tensor in tensors]
+        self._coming.append((tensors, works))
+
+    def _wait(self, works: Sequence[dist.Work]) -> None:
+        with self.waits:
+            for work in works:
+                work.wait()
+
+
+@contextmanager
+def hidden_from_profiler() -> Iterator[None]:
+    """Hide what is inside from the profiler that measures compiled steps (engine/memory.py).
+
+    A transfer ends some steps after the one that starts it. torch would then write its end into the
+    record of a profiler whose memory has been freed.
+    """
+    torch.autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch.autograd._enable_record_function(True)
+
+
+def contiguous_view(tensor: Tensor) -> Tensor:
+    """Return a contiguous view of features (N, C, S, S) dense in either format; else a copy."""
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor.contiguous()
+
+
+class DeviceWaits:
+    """Measures how long the device waits inside the `with`: on CUDA its stream, not the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.on_cuda:
+            self._events.append((self._start, self._now()))
+            while self._events and self._events[0][1].query():
+                self._fold()
+        else:
+            self._seconds += self._now() - self._start
+
+    def _now(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Return the seconds since the last call; wait for the device."""
+        while self._events:
+            self._events[0][1].synchronize()
+            self._fold()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _fold(self) -> None:
+        start, end = self._events.popleft()
+        self._seconds += start.elapsed_time(end) / 1000
