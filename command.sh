@@ -129,8 +129,9 @@ all() {
 # Not of the paper: does context supply help? A short schedule on a part of any images.
 evidence() {
     PUBLISHED=(--dataset folder --data_dir "$DATA_DIR" --layers 32 --limit_per_class 1000
-        --epochs "${EPOCHS:-8}" --batch_size 128 --lr 0.1 --amp bf16 --compile)
-    run --local_module_num 1
+        --epochs "${EPOCHS:-8}" --batch_size 128 --lr 0.1 --amp bf16 --compile
+        --local_loss_mode cross_entropy)
+    run --local_module_num 1 --context_mode R0
     for mode in R0 R1 E R1E; do
         run --local_module_num 16 --context_mode $mode
     done
@@ -277,7 +278,7 @@ case "${1:-}" in
         shift
         prepare
         in_reach .venv/bin/python train.py --dataset digits --layers 32 --local_module_num 4 \
-            --context_mode E --epochs 9 --batch_size 64 \
+            --context_mode E --local_loss_mode cross_entropy --epochs 9 --batch_size 64 \
             --output_dir "runs/demo-$(date +%Y%m%d-%H%M%S)" "$@"
         ;;
     plan)
@@ -287,7 +288,7 @@ case "${1:-}" in
         echo "|---|---|---|---|"
         for layers in 32 110 1202; do
             .venv/bin/python train.py --dataset cifar10 --context_mode E --batch_size 256 \
-                --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
+                --local_loss_mode cross_entropy --memory_budget 1 --layers "$layers" --dry_run --json "$@" |
                 .venv/bin/python -c '
 import json, sys
 from engine.signals import INTERRUPTS
@@ -305,6 +306,7 @@ print(f"| {sys.argv[1]} | {whole / 2**20:,.0f} | {modules} | {peak / 2**20:,.0f}
             echo "ResNet-32, K=${run% *}, ${run#* }"
             .venv/bin/python -m planning.bench --dataset cifar10 --layers 32 --batch_size 128 \
                 --local_module_num "${run% *}" --context_mode "${run#* }" \
+                --local_loss_mode cross_entropy \
                 --versus="--amp bf16" --versus="--amp bf16 --compile" "$@"
         done
         ;;

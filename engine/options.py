@@ -13,6 +13,9 @@ from engine.checkpoint import Checkpoint, read_checkpoint
 from losses import LOCAL_LOSSES
 from models.build import AMP
 
+LOSS_SCALE_PARTS = ("ixx_1", "ixy_1", "ixx_2", "ixy_2")
+"""Single options for the numbers of `loss_scale`, named as in the authors' release."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest option for a typo."""
@@ -26,12 +29,26 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse does, but `--option=--` is an error, where it takes [] for the value."""
+        earlier = getattr(namespace, "loss_scale", None)
         found, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if action.nargs is None and value == [] and value is not action.default:
                 self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        self._join_loss_scale(found, earlier)
         return found, unknown
+
+    def _join_loss_scale(self, options: argparse.Namespace, earlier: list[float] | None) -> None:
+        """Make `loss_scale` of the four single options; `earlier` is one that was not typed."""
+        parts = [vars(options).pop(name, None) for name in LOSS_SCALE_PARTS]
+        if parts == [None] * 4:
+            return
+        names = " ".join(f"--{name}" for name in LOSS_SCALE_PARTS)
+        if None in parts:
+            self.error(f"{names} are one loss scale: give all four or none")
+        if options.loss_scale is not earlier:
+            self.error(f"{names} are another spelling of --loss_scale: give one of the two")
+        options.loss_scale = parts
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -86,6 +103,11 @@ def path(text: str) -> str:
     return text
 
 
+def path_or_none(text: str) -> str | None:
+    """Return the name of a file, or None where it is empty, as in the authors' commands."""
+    return path(text) if text else None
+
+
 def cut(text: str) -> Cut:
     """`STAGE,BLOCK`."""
     match = re.fullmatch(r"([0-9]{1,6}),([0-9]{1,6})", text)
@@ -137,9 +159,9 @@ def build_parser() -> Parser:
     add("--local_module_num", type=whole(1), metavar="K",
         help="number of local modules; 1 trains end to end (default: 1, or what --cuts or "
         "--memory_budget make it)")
-    add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="cross_entropy",
+    add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="contrast",
         help="loss of the auxiliary heads")
-    add("--context_mode", default="R0", metavar="MODE",
+    add("--context_mode", default="E", metavar="MODE",
         help="Rn: the n latest module inputs (R0: no context), E: the image, RnE: both")
     add("--balanced_memory", **switch,
         help="the published memory-balanced cuts, as --partition balanced; where they are the "
@@ -148,6 +170,9 @@ def build_parser() -> Parser:
     add("--loss_scale", nargs=4, type=float, metavar=("IXX_1", "IXY_1", "IXX_2", "IXY_2"),
         help="weights of reconstruction and task loss in the first and the last module that "
         "has a decoder (default: the published row)")
+    for name in LOSS_SCALE_PARTS:
+        add(f"--{name}", type=float, metavar="W", default=argparse.SUPPRESS,
+            help="all four together are another spelling of --loss_scale")
     add("--aux_net_config", default="1c2f", metavar="AcBf",
         help="auxiliary head of A convs and B linear layers")
     add("--aux_net_widen", type=positive, default=1.0, metavar="W",
@@ -222,7 +247,7 @@ def build_parser() -> Parser:
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--dataset", choices=list(DATASETS), default="digits", help="folder: images of your own")
+    add("--dataset", choices=list(DATASETS), default="cifar10", help="folder: images of your own")
     add("--data_dir", type=path, default="data", metavar="DIR",
         help="where the data are or are downloaded to; of folder: holds train/<class>/* and "
         "test/<class>/*, and its name is that of the data in run folders and reports")
@@ -262,7 +287,7 @@ def build_parser() -> Parser:
         help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
     add("--checkpoint_every", type=whole(1), metavar="N",
         help="steps between two checkpoints within an epoch (default: one when it ends)")
-    add("--resume", type=path, metavar="CKPT",
+    add("--resume", type=path_or_none, metavar="CKPT",
         help="continue from a checkpoint of this project (with its options, where no others are "
         "given) or of the authors' release; auto: from the newest whole one in the run folder; "
         "starts where there is none, and says so where the run is finished")
@@ -335,7 +360,8 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None
         checkpoint = read_checkpoint(options.resume or options.evaluate)
         if checkpoint.options:
             check_cuts_stay(options, checkpoint.options)
-        options = parser.parse_args(as_arguments(checkpoint.options) + argv)
+        earlier = parser.parse_args(as_arguments(checkpoint.options))
+        options = parser.parse_args(argv, earlier)
         if "checkpoint" in checkpoint.options and parser.parse_args(argv).checkpoint == ".":
             check_folder_stays(options)
         call_equal_cuts_equal(options)

@@ -16,7 +16,8 @@ from planning import bench
 ROOT = Path(bench.__file__).parent.parent
 TINY = [
     "--layers", "8", "--local_module_num", "2", "--batch_size", "4", "--steps", "2",
-    "--device", "cpu",
+    "--device", "cpu", "--dataset", "digits", "--local_loss_mode", "cross_entropy",
+    "--context_mode", "R0",
 ]  # fmt: skip
 KEYS = {
     "options", "batch_size", "samples_per_second", "step_ms", "step_ms_least", "step_ms_most",

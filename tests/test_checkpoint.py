@@ -20,6 +20,7 @@ from engine.options import read_options
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
     "--batch_size", "8", "--epochs", "2", "--device", "cpu",
 ]  # fmt: skip
 

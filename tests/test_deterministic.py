@@ -20,7 +20,7 @@ from models.grouped import _pool_backward, pool
 TINY = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "3",
     "--context_mode", "R1E", "--droprate", "0.1", "--batch_size", "16", "--epochs", "2",
-    "--device", "cpu",
+    "--local_loss_mode", "cross_entropy", "--device", "cpu",
 ]  # fmt: skip
 
 

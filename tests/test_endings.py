@@ -29,7 +29,8 @@ from engine.signals import INTERRUPTS, Interrupts
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
-    "--context_mode", "E", "--batch_size", "4", "--epochs", "3", "--device", "cpu",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "E",
+    "--batch_size", "4", "--epochs", "3", "--device", "cpu",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ def test_memory_and_open_files_stay_flat_over_2000_steps(tmp_path):
     command = [
         sys.executable, ROOT / "train.py", "--dataset", "digits", "--limit_per_class", "10",
         "--layers", "8", "--local_module_num", "2", "--context_mode", "R1E", "--batch_size", "2",
+        "--local_loss_mode", "cross_entropy",
         "--epochs", str(EPOCHS), "--device", "cpu", "--output_dir", tmp_path / "run", "-p", "10",
         "--checkpoint_every", "20",
     ]  # fmt: skip

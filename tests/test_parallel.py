@@ -11,6 +11,7 @@ from engine.checkpoint import read_checkpoint
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
     "--batch_size", "4", "--epochs", "3", "--device", "cpu",
 ]  # fmt: skip
 """24 steps, 8 an epoch, of 4 samples and at its end 2."""

@@ -29,7 +29,7 @@ from parallel.training import Parallel
 RUN = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
     "--context_mode", "R1E", "--batch_size", "4", "--epochs", "1000", "--device", "cpu",
-    "--parallel", "modules", "--checkpoint_every", "2",
+    "--local_loss_mode", "cross_entropy", "--parallel", "modules", "--checkpoint_every", "2",
 ]  # fmt: skip
 HALVES = ["--module_ranges", "0-1", "2-3"]
 

@@ -23,7 +23,7 @@ BATCH = 512
 NETWORK = {
     name: getattr(options.fill_in(options.build_parser().parse_args([])), name)
     for name in options.NETWORK_OPTIONS
-} | {"dataset": "cifar10"}
+} | {"dataset": "cifar10", "local_loss_mode": "cross_entropy", "context_mode": "R0"}
 WAYS = [
     {"context_mode": "R0"},
     {"context_mode": "R2", "recompute": True},
@@ -169,6 +169,7 @@ def test_nothing_fits_a_budget_below_the_weights():
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--batch_size", "16",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
     "--epochs", "1", "--device", "cpu", "--output_dir", "run",
 ]  # fmt: skip
 

@@ -156,7 +156,8 @@ def test_json_has_what_was_promised(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, out, err = main(
         monkeypatch, capsys, "--dataset", "cifar10", "--layers", "8", "--local_module_num", "3",
-        "--context_mode", "E", "--batch_size", "64", "--dry_run", "--json",
+        "--context_mode", "E", "--batch_size", "64",
+        "--local_loss_mode", "cross_entropy", "--dry_run", "--json",
     )  # fmt: skip
     assert (status, len(out), err) == (0, 1, [])
     plan = json.loads(out[0])

@@ -11,7 +11,7 @@ from engine.checkpoint import read_checkpoint
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
     "--context_mode", "R1E", "--droprate", "0.1", "--batch_size", "4", "--epochs", "3",
-    "--device", "cpu",
+    "--local_loss_mode", "cross_entropy", "--device", "cpu",
 ]  # fmt: skip
 STEPS = 5
 

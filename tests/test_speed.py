@@ -567,7 +567,8 @@ def test_a_step_stays_on_the_device(monkeypatch, mode, amp):
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
-    "--context_mode", "E", "--batch_size", "16", "--epochs", "3", "--seed", "5",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "E",
+    "--batch_size", "16", "--epochs", "3", "--seed", "5",
 ]  # fmt: skip
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

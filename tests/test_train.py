@@ -32,6 +32,7 @@ from report import figures
 
 TINY_NET = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
     "--batch_size", "16", "--epochs", "3", "--seed", "5", "--device", "cpu",
 ]  # fmt: skip
 TINY = [*TINY_NET, "--local_module_num", "2"]
@@ -625,7 +626,6 @@ def test_cosine_is_on_unless_switched_off(arguments, expected):
         (["--epochs", "\u0668"], "not a whole number"),
         (["--aux_net_feature_dim", "999999999999"], "not a whole number of 1 to 65536"),
         (["--aux_net_widen", "1e300"], "not a number above 0"),
-        (["--resume", ""], "the name is empty"),
         (["--evaluate", ""], "the name is empty"),
         (["--output_dir", ""], "the name is empty"),
         (["--lr", "nan"], "not a number above 0"),
@@ -649,7 +649,7 @@ def test_cosine_is_on_unless_switched_off(arguments, expected):
 )
 def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, arguments, message):
     Path("file").write_text("kept")
-    status, _, err = main(monkeypatch, capsys, *arguments)
+    status, _, err = main(monkeypatch, capsys, "--dataset", "digits", *arguments)
     assert (status, len(err)) == (2, 1), err
     assert err[0].startswith("train.py: error: ")
     assert message in err[0]

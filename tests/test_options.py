@@ -1,0 +1,71 @@
+"""The command line: the authors' commands, and the options that they write differently."""
+
+import shlex
+
+import pytest
+
+from engine.options import read_options
+from engine.run_folder import run_name
+
+RELEASE = (
+    "--model resnet --layers 32 --droprate 0.0 --no 1 --cos_lr --aux_net_widen 1 "
+    "--aux_net_feature_dim 128 --aux_net_config 1c2f --print-freq 10 --checkpoint checkpoint"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "--dataset cifar10 --local_module_num 16 --local_loss_mode contrast --context_mode E "
+            '--h_reconstruct --balanced_memory --resume "" --name x --no-augment',
+            ("cifar10", 16, "contrast", "E", True, "x", True, None),
+        ),
+        (
+            "--dataset stl10 --local_module_num 4 --local_loss_mode cross_entropy "
+            "--context_mode R1E --ixx_1 20 --ixy_1 0.2 --ixx_2 5 --ixy_2 1 --h_reconstruct",
+            ("stl10", 4, "cross_entropy", "R1E", True, None, False, [20, 0.2, 5, 1]),
+        ),
+        (
+            "--dataset svhn --local_module_num 8 --resume=",
+            ("svhn", 8, "contrast", "E", False, None, False, None),
+        ),
+        (
+            "--local_module_num 2 --context_mode R1 -p 100",
+            ("cifar10", 2, "contrast", "R1", False, None, False, None),
+        ),
+        ("", ("cifar10", 1, "contrast", "E", False, None, False, None)),
+    ],
+)
+def test_commands_of_the_release(line, expected):
+    options = read_options(shlex.split(f"{RELEASE} {line}"))[0]
+    assert expected == (
+        options.dataset, options.local_module_num, options.local_loss_mode, options.context_mode,
+        options.h_reconstruct, options.name, options.no_augment, options.loss_scale,
+    )  # fmt: skip
+    assert (options.resume, options.checkpoint, options.cos_lr) == (None, "checkpoint", True)
+
+
+SINGLE = ["--ixx_1", "5", "--ixy_1", "0.5", "--ixx_2", "0", "--ixy_2", "1"]
+
+
+def test_a_loss_scale_of_four_options_is_that_of_one():
+    one = read_options(["--loss_scale", "5", "0.5", "0", "1"])[0]
+    four = read_options(SINGLE)[0]
+    assert vars(one) == vars(four)
+    assert run_name(one) == run_name(four)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (SINGLE[:6], "are one loss scale: give all four or none"),
+        ([*SINGLE, "--loss_scale", "5", "0.5", "0", "1"], "another spelling of --loss_scale"),
+    ],
+)
+def test_a_loss_scale_is_given_once_and_in_full(capsys, arguments, says):
+    with pytest.raises(SystemExit) as ended:
+        read_options(arguments)
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    assert says in error
