@@ -1,20 +1,25 @@
-"""The command line of train.py: options, their types and defaults."""
+"""The command line of train.py: parse it, check it, fill in the defaults that depend on others.
+
+Importing this module imports no torch, so `--help` and most errors come at once.
+"""
 
 import argparse
 import difflib
 import math
+import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import DATASETS, Cut, InputError, balanced_cuts_are_equal
-from engine.checkpoint import Checkpoint, read_checkpoint
-from losses import LOCAL_LOSSES
-from models.build import AMP
+
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
 
 LOSS_SCALE_PARTS = ("ixx_1", "ixy_1", "ixx_2", "ixy_2")
-"""Single options for the numbers of `loss_scale`, named as in the authors' release."""
+"""Options for the single numbers of `loss_scale`, named as in the authors' release."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,18 +33,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}{hint}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, but `--option=--` is an error, where it takes [] for the value."""
+        """Parse as argparse does, but refuse `--option=--`, of which argparse makes []."""
         earlier = getattr(namespace, "loss_scale", None)
-        found, unknown = super().parse_known_args(args, namespace)
+        options, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
-            value = getattr(found, action.dest, None)
+            value = getattr(options, action.dest, None)
             if action.nargs is None and value == [] and value is not action.default:
                 self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
-        self._join_loss_scale(found, earlier)
-        return found, unknown
+        self._join_loss_scale(options, earlier)
+        return options, unknown
 
     def _join_loss_scale(self, options: argparse.Namespace, earlier: list[float] | None) -> None:
-        """Make `loss_scale` of the four single options; `earlier` is one that was not typed."""
+        """Replace the four single numbers by `loss_scale`; `earlier` is one that was not typed."""
         parts = [vars(options).pop(name, None) for name in LOSS_SCALE_PARTS]
         if parts == [None] * 4:
             return
@@ -51,27 +56,26 @@ class Parser(argparse.ArgumentParser):
         options.loss_scale = parts
 
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Says each option's default, but where it is None: there the help text does."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default to the help text, except None: there the help text says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default is not None else action.help
 
 
+# ---------------------------------------------------------------------------------------------
+# Types of options: they convert text that was typed, or raise ArgumentTypeError
+
+
 def boolean(text: str) -> bool:
-    """`True` or `False`, in any case; ArgumentTypeError for other text, here and below."""
+    """Return the value of `True` or `False`, in upper or lower case."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
 
 
-def negated(text: str) -> bool:
-    """`True` for `False` and the other way round."""
-    return not boolean(text)
-
-
-def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
-    """A type for whole numbers from `at_least` to `at_most`."""
+def integer_between(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """Return a type for integers from `at_least` to `at_most`, both included."""
 
     def convert(text: str) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not at_least <= int(text) <= at_most:
@@ -84,7 +88,7 @@ def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A number above 0, 1000 at most."""
+    """Return a number above 0 and at most 1000."""
     try:
         value = float(text)
     except ValueError:
@@ -95,213 +99,174 @@ def positive(text: str) -> float:
 
 
 def path(text: str) -> str:
-    """The name of a file or folder."""
+    """Return the name of a file or folder, with `~` replaced by the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     if "\0" in text:
         raise argparse.ArgumentTypeError("no name has a NUL in it")
-    return text
+    return os.path.expanduser(text)
 
 
-def path_or_none(text: str) -> str | None:
-    """Return the name of a file, or None where it is empty, as in the authors' commands."""
-    return path(text) if text else None
+def matching(pattern: str, otherwise: str) -> Callable[[str], str]:
+    """Return a type for text that matches a pattern; `otherwise` describes other text."""
+
+    def convert(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is {otherwise}")
+        return text
+
+    return convert
 
 
 def cut(text: str) -> Cut:
-    """`STAGE,BLOCK`."""
-    match = re.fullmatch(r"([0-9]{1,6}),([0-9]{1,6})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no STAGE,BLOCK such as 1,4")
-    return int(match[1]), int(match[2])
+    """Return (stage, block) of `STAGE,BLOCK`."""
+    stage, block = matching("[0-9]{1,6},[0-9]{1,6}", "no STAGE,BLOCK such as 1,4")(text).split(",")
+    return int(stage), int(block)
 
 
 def module_range(text: str) -> range:
-    """`FIRST-LAST`, or one module."""
-    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if first > last:
+    """Return the modules of `FIRST-LAST`, or of one number."""
+    match = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", text)
+    modules = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not modules:
         raise argparse.ArgumentTypeError(f"{text!r} is no range of modules such as 0-7")
-    return range(first, last + 1)
+    return modules
 
 
-def device_name(text: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
-    return text
-
-
-def label(text: str) -> str:
-    """Part of a folder's name."""
-    if not re.fullmatch(r"[\w.+-]{1,64}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no part of a folder's name (letters, digits and _ . + -, 64 at most)"
-        )
-    return text
+# ---------------------------------------------------------------------------------------------
+# The options
 
 
 # fmt: off
 def build_parser() -> Parser:
-    """All options with their defaults; None where the data set or another option decides."""
+    """Return the parser; a default is None where the data set or another option decides it."""
     parser = Parser(
         description="Greedy local learning with context supply (ContSup, arXiv 2312.07636).",
-        epilog="Options that are on or off take nothing, True or False.",
-        formatter_class=Defaults,
-        allow_abbrev=False,
+        epilog="A BOOL is True or False; without it the option is True.",
+        formatter_class=HelpFormatter, allow_abbrev=False,
     )
     switch = {"nargs": "?", "const": True, "default": False, "type": boolean, "metavar": "BOOL"}
+    on = switch | {"default": True}
+    off = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
+    label = matching(
+        r"[\w.+-]{1,64}", "no part of a folder's name (letters, digits and _ . + -, 64 at most)"
+    )
 
-    method = parser.add_argument_group("method")
-    add = method.add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--model", choices=["resnet"], default="resnet", help="backbone")
-    add("--layers", type=whole(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
-    add("--local_module_num", type=whole(1), metavar="K",
-        help="number of local modules; 1 trains end to end (default: 1, or what --cuts or "
-        "--memory_budget make it)")
-    add("--local_loss_mode", choices=list(LOCAL_LOSSES), default="contrast",
-        help="loss of the auxiliary heads")
+    add("--layers", type=integer_between(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
+    add("--local_module_num", type=integer_between(1), metavar="K",
+        help="number of modules; 1 trains end to end (default: 1, or as --cuts or --memory_budget)")
+    add("--local_loss_mode", default="contrast", metavar="LOSS",
+        help="loss of the auxiliary heads: contrast or cross_entropy")
     add("--context_mode", default="E", metavar="MODE",
-        help="Rn: the n latest module inputs (R0: no context), E: the image, RnE: both")
-    add("--balanced_memory", **switch,
-        help="the published memory-balanced cuts, as --partition balanced; where they are the "
-        "equal ones, the run is named as that of the equal ones")
-    add("--h_reconstruct", **switch, help="a decoder at each cut, trained to reconstruct the image")
+        help="context of a module: R0 none, Rn the inputs of n modules, E the image, RnE both")
+    add("--balanced_memory", **switch, help="published memory-balanced cuts (--partition balanced)")
+    add("--h_reconstruct", **switch, help="train a decoder at each cut to reconstruct the image")
     add("--loss_scale", nargs=4, type=float, metavar=("IXX_1", "IXY_1", "IXX_2", "IXY_2"),
-        help="weights of reconstruction and task loss in the first and the last module that "
-        "has a decoder (default: the published row)")
+        help="weights of reconstruction (IXX) and task loss (IXY) in the first and the last module "
+        "that has a decoder (default: as published)")
     for name in LOSS_SCALE_PARTS:
         add(f"--{name}", type=float, metavar="W", default=argparse.SUPPRESS,
-            help="all four together are another spelling of --loss_scale")
+            help="one of the four numbers of --loss_scale; needs the other three")
     add("--aux_net_config", default="1c2f", metavar="AcBf",
-        help="auxiliary head of A convs and B linear layers")
+        help="auxiliary head of A convolutions and B linear layers")
     add("--aux_net_widen", type=positive, default=1.0, metavar="W",
-        help="widens auxiliary nets and context encoders")
-    add("--aux_net_feature_dim", type=whole(1, 65536), default=128, metavar="F",
-        help="width of an auxiliary head's hidden linear layers and of its embedding")
-    add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the blocks")
+        help="width factor of auxiliary heads and context encoders")
+    add("--aux_net_feature_dim", type=integer_between(1, 65536), default=128, metavar="F",
+        help="width of a head's hidden linear layers and of its embedding")
+    add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the residual blocks")
 
-    memory = parser.add_argument_group("memory")
-    add = memory.add_argument
-    add("--context_group", type=whole(0), default=16, metavar="C",
-        help="channels of a context encoder that are worked on at a time, its maps made again in "
-        "the backward; 0: all at once, maps kept")
+    add = parser.add_argument_group("memory").add_argument
+    add("--context_group", type=integer_between(0), default=16, metavar="C",
+        help="channels of a context encoder to compute, and recompute, at a time; 0: all, kept")
     add("--recompute", **switch,
-        help="inside a module keep block inputs only, and make the rest again in the backward (the "
-        "last block's rest is kept, for its backward comes first)")
+        help="keep only the inputs of a module's blocks; recompute the rest in the backward pass")
     add("--partition", choices=["equal", "balanced", "auto"],
-        help="cuts: equal layers, the published memory-balanced ones, or those with the smallest "
-        "predicted peak, in float32 (default: equal; auto with --memory_budget)")
+        help="equal or published balanced cuts, or (auto) those with the least predicted peak in "
+        "float32 (default: equal; auto with --memory_budget)")
     add("--memory_budget", type=positive, metavar="GIB",
-        help="take the fewest modules whose predicted peak is at most so many GiB (default: K is "
-        "given instead)")
+        help="choose the fewest modules with a predicted peak of at most GIB (default: no limit)")
     add("--cuts", type=cut, nargs="*", metavar="S,B",
-        help="the K-1 cuts, each by the [stage, block] that it lies right after (default: those "
-        "of --partition)")
-    add("--dry_run", **switch,
-        help="print what a training step would take, module by module, and end")
-    add("--json", **switch, help="print that as one JSON object")
-    add("--save_plan", **switch,
-        help="leave that as plan.json in the run folder, where report.py finds it")
+        help="cuts, each as the stage and block before it (default: as --partition)")
+    add("--dry_run", **switch, help="print predicted memory and FLOPs of a training step, and exit")
+    add("--json", **switch, help="print the plan of --dry_run as a JSON object")
+    add("--save_plan", **switch, help="write the plan of --dry_run to plan.json in the run folder")
 
-    speed = parser.add_argument_group("speed")
-    add = speed.add_argument
-    on = switch | {"default": True}
-    add("--amp", choices=list(AMP), default="off",
-        help="autocast to bfloat16 or float16 (with scaled losses); losses stay float32")
+    add = parser.add_argument_group("speed").add_argument
+    add("--amp", choices=["off", "bf16", "fp16"], default="off",
+        help="autocast to bfloat16, or to float16 with loss scaling; losses are in float32")
     add("--compile", **switch,
-        help="compile the training step of each module; identical modules share their code "
-        "(dropout then draws other masks)")
-    add("--channels_last", **on, help="images, weights and features in channels-last format")
-    add("--no-channels_last", dest="channels_last", nargs="?", const=False, type=negated,
-        metavar="BOOL", default=argparse.SUPPRESS, help="the same as --channels_last False")
+        help="compile each module's training step; dropout masks differ from those of eager mode")
+    add("--channels_last", **on, help="memory format of images, weights and features")
+    add("--no-channels_last", dest="channels_last", **off, help="the same as --channels_last False")
     add("--cudnn_benchmark", **switch,
-        help="on CUDA time cuDNN's algorithms and take the fastest, whatever memory it needs")
-    add("--tf32", **switch,
-        help="on CUDA let float32 convs and matrix products round their inputs to TF32")
+        help="on CUDA, use the fastest algorithms of cuDNN, which may need more memory")
+    add("--tf32", **switch, help="on CUDA, allow TF32 in float32 convolutions and matrix products")
     add("--data_on_device", **switch,
-        help="keep the images on the device, as bytes; they are not counted in the peak")
+        help="keep all images on the device, as bytes; the reported peak does not include them")
     add("--keep_heap", **on,
-        help="on the CPU keep freed memory in the process, where the C library would hand it to "
-        "the kernel and get it back cleared, page by page, every step")
+        help="on the CPU, keep freed memory in the process, which makes steps faster")
 
-    parallel = parser.add_argument_group("parallel")
-    add = parallel.add_argument
+    add = parser.add_argument_group("parallel").add_argument
     add("--parallel", choices=["modules", "data"],
-        help="train in the processes that torchrun starts, by the same numbers as in one (modules: "
-        "each has some of the modules) or with each batch split among them (data, which is the "
-        "same learning only with --sync_bn; default: one process)")
+        help="train in the processes of torchrun: each has some of the modules, or (data) a part "
+        "of each batch, which needs --sync_bn for the same results (default: one process)")
     add("--module_ranges", type=module_range, nargs="+", metavar="A-B",
-        help="modules of each process, first to last, such as 0-7 8-15 (default: those with the "
-        "smallest largest time of a step, which is measured)")
-    add("--sync_bn", **switch,
-        help="with --parallel data, BatchNorm takes its statistics of the whole batch, as in one "
-        "process, and not of each process's part")
-    add("--nproc", type=whole(1, 100_000), nargs="+", metavar="P",
-        help="with --dry_run --parallel modules: numbers of processes to plan for (default: 1, 2, "
-        "4, ... and K)")
+        help="modules of each process, such as 0-7 8-15 (default: fastest, as measured at start)")
+    add("--sync_bn", **switch, help="with --parallel data, BatchNorm over all of the batch")
+    add("--nproc", type=integer_between(1, 100_000), nargs="+", metavar="P",
+        help="processes to plan for with --dry_run --parallel modules (default: 1, 2, 4, ... K)")
     add("--device_tflops", type=positive, metavar="T",
-        help="for that: 10^12 FLOPs a second that a device keeps up in these steps (default: 5)")
+        help="for this plan, speed of a device in 10^12 FLOPs per second (default: 5)")
     add("--link_gbs", type=positive, metavar="GB",
-        help="for that: 10^9 bytes a second from one device to the next (default: 12)")
+        help="for this plan, bandwidth between devices in 10^9 bytes per second (default: 12)")
 
-    data = parser.add_argument_group("data")
-    add = data.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=list(DATASETS), default="cifar10", help="folder: images of your own")
     add("--data_dir", type=path, default="data", metavar="DIR",
-        help="where the data are or are downloaded to; of folder: holds train/<class>/* and "
-        "test/<class>/*, and its name is that of the data in run folders and reports")
-    add("--image_size", type=whole(8, 1024), metavar="S",
-        help="side that the images of folder are resized to (default: 32)")
-    add("--limit_per_class", type=whole(1), metavar="N",
+        help="where the data are or are downloaded to; for --dataset folder it contains "
+        "train/<class>/* and test/<class>/*, and its name appears in reports")
+    add("--image_size", type=integer_between(8, 1024), metavar="S",
+        help="size to which images of your own are resized (default: 32)")
+    add("--limit_per_class", type=integer_between(1), metavar="N",
         help="train on the first N images of each class (default: all)")
-    add("--no-augment", **switch, help="no crop, no flip")
+    add("--no-augment", **switch, help="no random crops and flips")
 
-    optimisation = parser.add_argument_group("optimisation")
-    add = optimisation.add_argument
-    add("--epochs", type=whole(1), default=160, metavar="N", help="how often over the data")
-    add("--batch_size", type=whole(2), metavar="N",
-        help="samples a step (default: 1024; 128 for stl10 and digits)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=integer_between(1), default=160, metavar="N", help="number of epochs")
+    add("--batch_size", type=integer_between(2), metavar="N",
+        help="samples per batch (default: 1024; 128 for stl10 and digits)")
     add("--lr", type=positive, metavar="LR",
-        help="highest learning rate (default: 0.8; 0.1 for stl10 and digits)")
-    add("--cos_lr", **(switch | {"default": True}),
-        help="cosine schedule; without it the rate falls to a tenth after 1/2 and after 3/4 of the "
-        "epochs")
-    add("--no-cos_lr", dest="cos_lr", nargs="?", const=False, type=negated,
-        metavar="BOOL", default=argparse.SUPPRESS, help="the same as --cos_lr False")
-    add("--warmup_epochs", type=whole(0), metavar="N",
-        help="epochs in which the rate rises from 0.01, or from --lr if that is less (default: "
-        "epochs/16, rounded up; 0 with --no-cos_lr)")
-    add("--seed", type=whole(0), default=0, metavar="N", help="of all that is random")
+        help="peak learning rate (default: 0.8; 0.1 for stl10 and digits)")
+    add("--cos_lr", **on,
+        help="cosine schedule; if False, divide the rate by 10 after 1/2 and 3/4 of the epochs")
+    add("--no-cos_lr", dest="cos_lr", **off, help="the same as --cos_lr False")
+    add("--warmup_epochs", type=integer_between(0), metavar="N",
+        help="epochs in which the rate rises from 0.01 (default: epochs/16; 0 without --cos_lr)")
+    add("--seed", type=integer_between(0), default=0, metavar="N", help="seed of all randomness")
 
-    run = parser.add_argument_group("run")
-    add = run.add_argument
-    add("--device", type=device_name, default="auto", metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N")
-    add("--output_dir", type=path, metavar="DIR",
-        help="run folder (default: runs/<name made of the options>)")
-    add("--name", type=label, help="goes into the name of the run folder (default: none)")
-    add("--no", type=label, default="1", metavar="INDEX",
-        help="index of the experiment; goes into the name of the run folder")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N",
+        type=matching("auto|cpu|cuda(:[0-9]{1,3})?", "none of auto, cpu, cuda, cuda:N"))
+    add("--output_dir", type=path, metavar="DIR", help="run folder (default: runs/<options>)")
+    add("--name", type=label, help="part of the run folder's name (default: none)")
+    add("--no", type=label, default="1", metavar="INDEX", help="last part of that name")
     add("--checkpoint", type=path, default=".", metavar="DIR",
-        help="folder of checkpoint.pt and model_best.pt, seen from the run folder")
-    add("--checkpoint_every", type=whole(1), metavar="N",
-        help="steps between two checkpoints within an epoch (default: one when it ends)")
-    add("--resume", type=path_or_none, metavar="CKPT",
-        help="continue from a checkpoint of this project (with its options, where no others are "
-        "given) or of the authors' release; auto: from the newest whole one in the run folder; "
-        "starts where there is none, and says so where the run is finished")
+        help="folder of checkpoint.pt and model_best.pt, relative to the run folder")
+    add("--checkpoint_every", type=integer_between(1), metavar="N",
+        help="also save a checkpoint every N steps (default: only after each epoch)")
+    add("--resume", type=lambda text: path(text) if text else None, metavar="CKPT",
+        help="continue from a checkpoint, also of the authors' release; options not given are "
+        "those of the checkpoint. auto: the newest in the run folder, if there is one")
     add("--evaluate", type=path, metavar="CKPT",
-        help="print the test error of such a checkpoint, and end")
-    add("--print-freq", "-p", type=whole(1), default=10, metavar="N",
-        help="steps between two lines of output, and between two looks at whether the losses are "
-        "finite")
+        help="print the test error of such a checkpoint, and exit")
+    add("--print-freq", "-p", type=integer_between(1), default=10, metavar="N",
+        help="print progress, and check that losses are finite, every N steps")
     add("--deterministic", **switch,
-        help="the same bits in every run on this machine; slower: on CUDA by deterministic "
-        "algorithms, on the CPU by one thread")
+        help="same bits in every run on this machine; slower, and one thread on the CPU")
     add("--detect_anomaly", **switch,
-        help="look at the result of every operation, which takes time, and end at the first that "
-        "makes a NaN or an infinity")
+        help="torch.autograd's anomaly mode: stop where a backward pass makes a NaN; slower")
     return parser
 # fmt: on
 
@@ -309,89 +274,163 @@ def build_parser() -> Parser:
 NETWORK_OPTIONS = (
     "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset", "image_size",
     "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
-    "aux_net_feature_dim", "droprate",
-    "context_group", "recompute", "cuts", "amp",
+    "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
-NOT_OF_THE_RUN = (
+INVOCATION_OPTIONS = (
     "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq",
     "detect_anomaly", "parallel", "module_ranges", "sync_bn", "nproc", "device_tflops", "link_gbs",
 )  # fmt: skip
-"""Options that say how and where to run, not what: a checkpoint does not hold them."""
+"""Options of one call of train.py: where and how to run. Checkpoints do not contain them."""
 
-NOT_OF_THE_LEARNING = (
-    *NOT_OF_THE_RUN, "data_dir", "checkpoint", "checkpoint_every", "name", "no",
+NON_TRAINING_OPTIONS = (
+    *INVOCATION_OPTIONS, "data_dir", "checkpoint", "checkpoint_every", "name", "no",
 )  # fmt: skip
-"""Options that say nothing of what is learned."""
+"""Options that have no influence on what is learned."""
 
-MEMORY_AND_SPEED = (
-    "context_group", "recompute",
-    "compile", "channels_last", "cudnn_benchmark", "data_on_device", "keep_heap", "deterministic",
+PERFORMANCE_OPTIONS = (
+    "context_group", "recompute", "compile", "channels_last", "cudnn_benchmark", "data_on_device",
+    "keep_heap", "deterministic",
 )  # fmt: skip
-"""Options with the same learning but for memory and speed: a continuation may change them."""
+"""Options that only change memory and speed; a resumed run may change them."""
+
+BATCH_OPTIONS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class")
+"""Options that decide which images are in each batch of an epoch."""
+
+REQUIRED = {
+    "json": {"dry_run": True},
+    "save_plan": {"dry_run": True},
+    "module_ranges": {"parallel": "modules"},
+    "sync_bn": {"parallel": "data"},
+    "nproc": {"parallel": "modules", "dry_run": True},
+    "device_tflops": {"parallel": "modules", "dry_run": True},
+    "link_gbs": {"parallel": "modules", "dry_run": True},
+}
+"""Option -> other options that it is for, and their values."""
+
+EXCLUSIVE = (
+    ("resume", "evaluate"), ("dry_run", "evaluate"), ("deterministic", "cudnn_benchmark"),
+    ("detect_anomaly", "compile"), ("detect_anomaly", "parallel"),
+)  # fmt: skip
+"""Pairs of options that exclude each other."""
+
+EXCLUSIVE_TYPED = (
+    ("memory_budget", "local_module_num"),
+    ("cuts", "partition"), ("cuts", "balanced_memory"), ("cuts", "memory_budget"),
+)  # fmt: skip
+"""Pairs of which one is typed; in a checkpoint, the other is what it led to."""
 
 
-OF_THE_STEPS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class")
-"""Options that say which images are in which step of an epoch."""
-
-
-def data_name(options: dict[str, object]) -> str:
-    """The data set; images of one's own are known by the name of their folder."""
+def data_name(options: Mapping[str, object]) -> str:
+    """Return the name of the data set; for `folder`, with the name of the user's folder."""
     if options["dataset"] != "folder":
         return str(options["dataset"])
     folder = re.sub(r"[^\w.+-]", "-", Path(str(options.get("data_dir", ""))).name)
     return "-".join(filter(None, ["folder", folder]))
 
 
-def read_options(argv: list[str]) -> tuple[argparse.Namespace, Checkpoint | None]:
-    """Options, complete, and the checkpoint that they name.
+# ---------------------------------------------------------------------------------------------
+# Parse, check, fill in
 
-    The options that a checkpoint holds stand before those of the command line, as if typed.
 
-    Raises InputError for a file that is no checkpoint; ends the process for options that are wrong.
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Return the options as typed, with None where `complete_options` finds the default.
+
+    Raises InputError for options that contradict each other; exits for others that are wrong.
     """
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    check_together(options)
-    call_equal_cuts_equal(options)
-    checkpoint = None
-    if options.resume not in (None, "auto") or options.evaluate:
-        checkpoint = read_checkpoint(options.resume or options.evaluate)
-        if checkpoint.options:
-            check_cuts_stay(options, checkpoint.options)
-        earlier = parser.parse_args(as_arguments(checkpoint.options))
-        options = parser.parse_args(argv, earlier)
-        if "checkpoint" in checkpoint.options and parser.parse_args(argv).checkpoint == ".":
-            check_folder_stays(options)
-        call_equal_cuts_equal(options)
-    check_ways(options)
-    return fill_in(options), checkpoint
+    options = build_parser().parse_args(argv)
+    _check_typed(options)
+    return options
 
 
-def call_equal_cuts_equal(options: argparse.Namespace) -> None:
-    """Have balanced cuts be called equal where the published ones are the same, in place.
+def complete_options(
+    argv: list[str], checkpoint_options: Mapping[str, object] | None = None
+) -> argparse.Namespace:
+    """Return all options: those typed, else those of a checkpoint, else the defaults.
+
+    Args:
+        argv: the command line, which names the checkpoint if there is one.
+        checkpoint_options: empty or None for a checkpoint of the authors' release.
+    Raises:
+        InputError: options contradict each other, or the checkpoint's are not those of a run.
+    """
+    typed = options = _rename_equal_cuts(parse_options(argv))
+    if checkpoint_options:
+        for name in ("partition", "memory_budget", "balanced_memory"):
+            value = getattr(typed, name)
+            if value and value != checkpoint_options.get(name):
+                raise InputError(f"the checkpoint has cuts of its own: leave --{name} out")
+        parser = build_parser()
+        options = parser.parse_args(argv, parser.parse_args(as_arguments(checkpoint_options)))
+        if "checkpoint" in checkpoint_options and typed.checkpoint == ".":
+            _check_checkpoint_folder(options)
+    _check_exclusive(options, EXCLUSIVE)
+    return fill_in(_rename_equal_cuts(options))
+
+
+def read_options(
+    argv: list[str], checkpoint: "Checkpoint | None" = None
+) -> tuple[argparse.Namespace, "Checkpoint | None"]:
+    """Return all options, and the checkpoint that they name.
+
+    Args:
+        argv: the command line.
+        checkpoint: the contents of that file, if it was read already.
+    Raises:
+        InputError: options contradict each other, or the file is no checkpoint.
+    """
+    from engine.checkpoint import read_checkpoint  # here, because it imports torch
+
+    typed = parse_options(argv)
+    file = typed.evaluate or (typed.resume if typed.resume != "auto" else None)
+    if file and checkpoint is None:
+        checkpoint = read_checkpoint(file)
+    return complete_options(argv, checkpoint and checkpoint.options), checkpoint
+
+
+def _rename_equal_cuts(options: argparse.Namespace) -> argparse.Namespace:
+    """Return options that call balanced cuts equal where the published ones are the same.
 
     So a run has one name, whichever of the paper's experiments asks for it.
     """
-    if not (options.balanced_memory or options.partition == "balanced"):
-        return
-    if balanced_cuts_are_equal(options.layers, options.local_module_num, options.dataset):
-        options.balanced_memory, options.partition = False, "equal"
+    cuts_of = options.layers, options.local_module_num, options.dataset
+    balanced = options.balanced_memory or options.partition == "balanced"
+    if not (balanced and balanced_cuts_are_equal(*cuts_of)):
+        return options
+    return argparse.Namespace(**vars(options) | {"balanced_memory": False, "partition": "equal"})
 
 
-def check_cuts_stay(options: argparse.Namespace, kept: dict[str, object]) -> None:
-    """InputError if options, as typed, ask for another way to cut than a checkpoint's options."""
-    for name in ("partition", "memory_budget", "balanced_memory"):
-        typed = getattr(options, name)
-        if typed and typed != kept.get(name):
-            raise InputError(f"the checkpoint has cuts of its own: leave --{name} out")
+def _check_typed(options: argparse.Namespace) -> None:
+    """Raise InputError if options, as typed, contradict each other."""
+    _check_exclusive(options, (*EXCLUSIVE, *EXCLUSIVE_TYPED))
+    for name, required in REQUIRED.items():
+        for other, value in required.items():
+            if getattr(options, name) and getattr(options, other) != value:
+                needed = f"--{other}" if value is True else f"--{other} {value}"
+                raise InputError(f"--{name} is for {needed}: give that, or leave it out")
+    if options.balanced_memory and options.partition not in (None, "balanced"):
+        raise InputError(f"--balanced_memory is not --partition {options.partition}: give one")
+    if options.dry_run and options.parallel == "data":
+        raise InputError("--dry_run plans --parallel modules; with data, plan a smaller batch")
+    if options.resume == "auto" and options.memory_budget and not options.output_dir:
+        raise InputError(
+            "--memory_budget finds the number of modules, which names the run folder, so --resume "
+            "auto needs an --output_dir"
+        )
 
 
-def check_folder_stays(options: argparse.Namespace) -> None:
-    """InputError if a file's own options would have checkpoints written out of the run folder.
+def _check_exclusive(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError if both options of a pair are given."""
+    for one, other in pairs:
+        if getattr(options, one) and getattr(options, other):
+            raise InputError(f"--{one} and --{other} exclude each other: leave one of them out")
 
-    An absolute one that the file lies in is as good.
+
+def _check_checkpoint_folder(options: argparse.Namespace) -> None:
+    """Raise InputError if a checkpoint's options would write outside the run folder.
+
+    An absolute path is accepted if the checkpoint is in that folder.
     """
     folder, lies_in = Path(options.checkpoint), Path(options.resume or options.evaluate).parent
     inside = not folder.is_absolute() and ".." not in folder.parts
@@ -402,100 +441,41 @@ def check_folder_stays(options: argparse.Namespace) -> None:
         )
 
 
-def check_ways(options: argparse.Namespace) -> None:
-    """InputError if options, typed or a checkpoint's, are ways to run that exclude each other."""
-    if options.deterministic and options.cudnn_benchmark:
-        raise InputError("--cudnn_benchmark takes what is fastest at the time, so not with "
-                         "--deterministic: leave one of them out")  # fmt: skip
-    if options.detect_anomaly and options.compile:
-        raise InputError("--detect_anomaly sees into no compiled step: give --compile False")
-    if options.detect_anomaly and options.parallel:
-        raise InputError("--detect_anomaly looks at one process: leave --parallel out")
+def as_arguments(options: Mapping[str, object]) -> list[str]:
+    """Return options as one would type them.
 
-
-def check_together(options: argparse.Namespace) -> None:
-    """InputError if options, as typed, contradict each other."""
-    if options.resume and options.evaluate:
-        raise InputError("--resume continues a run and --evaluate trains none: give one of them")
-    if options.dry_run and options.evaluate:
-        raise InputError("--dry_run plans a training and --evaluate is none: give one of them")
-    if options.resume == "auto" and options.memory_budget and not options.output_dir:
-        raise InputError(
-            "--memory_budget finds the number of modules, which names the run folder, so --resume "
-            "auto needs an --output_dir"
-        )
-    if options.json and not options.dry_run:
-        raise InputError("--json is how --dry_run prints its plan: give --dry_run as well")
-    if options.save_plan and not options.dry_run:
-        raise InputError("--save_plan keeps the plan of --dry_run: give --dry_run as well")
-    of_modules = ("module_ranges", "nproc", "device_tflops", "link_gbs")
-    for name in (*of_modules, "sync_bn"):
-        wanted = "modules" if name in of_modules else "data"
-        if getattr(options, name) and options.parallel != wanted:
-            raise InputError(f"--{name} is for --parallel {wanted}: give that, or leave it out")
-    if options.dry_run and options.parallel == "data":
-        raise InputError("--dry_run plans --parallel modules; with data, plan a smaller batch")
-    for name in ("nproc", "device_tflops", "link_gbs"):
-        if getattr(options, name) and not options.dry_run:
-            raise InputError(f"--{name} is for --dry_run; a run has what torchrun starts")
-    if options.memory_budget and options.local_module_num:
-        raise InputError(
-            "--memory_budget finds the number of modules: leave --local_module_num out"
-        )
-    if options.cuts and (options.partition or options.balanced_memory or options.memory_budget):
-        raise InputError(
-            "--cuts are a partition: leave --partition, --balanced_memory and --memory_budget out"
-        )
-    if options.balanced_memory and options.partition not in (None, "balanced"):
-        raise InputError(f"--balanced_memory is not --partition {options.partition}: give one")
-
-
-def as_arguments(options: dict[str, object]) -> list[str]:
-    """Options as they would be typed.
-
-    Raises InputError for what is no value of an option, or an option that is not a run's: they may
-    come from a file that was handed in.
+    Raises InputError for a name or value that no run has: a file made by others may have any.
     """
     arguments = []
-    known = vars(build_parser().parse_args([])).keys() - {*NOT_OF_THE_RUN}
+    known = vars(build_parser().parse_args([])).keys() - {*INVOCATION_OPTIONS}
     for name, value in options.items():
-        if name not in known or not _is_value(value):
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        words = [",".join(map(str, x)) if isinstance(x, list | tuple) else str(x) for x in values]
+        plain = isinstance(value, list | bool | int | float | str | None)
+        # In a list, a text such as --output_dir would be taken for another option.
+        numbers = all(re.fullmatch("-?[0-9][0-9.,e+-]*|nan|inf", word) for word in words)
+        if name not in known or not plain or (isinstance(value, list) and not numbers):
             raise InputError(
                 f"the checkpoint's options have {reprlib.repr(name)} {reprlib.repr(value)}, which "
                 "no run has"
             )
-        if value is not None:
-            dashed = f"--{name.replace('_', '-')}" if name == "no_augment" else f"--{name}"
-            if isinstance(value, list):
-                arguments += [dashed, *map(_as_typed, value)]
-            else:
-                arguments.append(f"{dashed}={value}")
+        option = "--no-augment" if name == "no_augment" else f"--{name}"
+        arguments += (
+            [option, *words] if isinstance(value, list) else [f"{option}={w}" for w in words]
+        )
     return arguments
 
 
-def _is_value(value: object) -> bool:
-    """Plain, or a list of numbers and cuts: no text that could be taken for another option."""
-    if isinstance(value, list):
-        flat = [x for item in value for x in (item if isinstance(item, list | tuple) else [item])]
-        return all(type(x) in (int, float) for x in flat)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _as_typed(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def fill_in(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with the defaults that depend on the data set or on each other."""
+    """Return the options with the defaults that depend on the data set or on other options."""
     data = DATASETS[options.dataset]
+    partition = "auto" if options.memory_budget else "equal"
     defaults = {
         "image_size": data.image_size,
         "batch_size": data.batch_size,
         "lr": data.lr,
         "warmup_epochs": math.ceil(options.epochs / 16) if options.cos_lr else 0,
-        "partition": "balanced"
-        if options.balanced_memory
-        else ("auto" if options.memory_budget else "equal"),
+        "partition": "balanced" if options.balanced_memory else partition,
         "local_module_num": len(options.cuts or []) + 1,
     }
     given = {name: value for name, value in vars(options).items() if value is not None}

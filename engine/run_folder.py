@@ -27,9 +27,9 @@ from engine.console import note
 from engine.files import write_json, write_text
 from engine.memory import PeakMemory
 from engine.options import (
-    MEMORY_AND_SPEED,
-    NOT_OF_THE_LEARNING,
-    NOT_OF_THE_RUN,
+    INVOCATION_OPTIONS,
+    NON_TRAINING_OPTIONS,
+    PERFORMANCE_OPTIONS,
     build_parser,
     data_name,
     fill_in,
@@ -56,7 +56,7 @@ class RunFolder:
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self.path = path
-        self.options = {k: v for k, v in vars(options).items() if k not in NOT_OF_THE_RUN}
+        self.options = {k: v for k, v in vars(options).items() if k not in INVOCATION_OPTIONS}
         self.checkpoint = path / options.checkpoint / "checkpoint.pt"
         self.best = path / options.checkpoint / "model_best.pt"
         self.metrics = path / "metrics.jsonl"
@@ -171,14 +171,14 @@ class RunFolder:
         return (
             bool(config)
             and config.keys() == self.options.keys()
-            and not self._changed(config, but=NOT_OF_THE_LEARNING)
+            and not self._changed(config, but=NON_TRAINING_OPTIONS)
             and not (in_parallel and "parallel" not in _json_in(self.plan))
         )
 
     def _changed(
         self,
         earlier: dict[str, object],
-        but: Collection[str] = (*NOT_OF_THE_LEARNING, *MEMORY_AND_SPEED),
+        but: Collection[str] = (*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS),
     ) -> list[str]:
         """The options that differ from an earlier run's, `but` some, in words."""
         before, now = _comparable(earlier), _comparable(self.options)
@@ -308,7 +308,7 @@ class RunFolder:
             "config": self.options,
             **self._made_by,
         }
-        of_learning = {k: v for k, v in self.options.items() if k not in NOT_OF_THE_LEARNING}
+        of_learning = {k: v for k, v in self.options.items() if k not in NON_TRAINING_OPTIONS}
         self.board.add_hparams(of_learning, summary)
         self._write_metrics()
         write_json(self.summary, summary)
@@ -320,7 +320,7 @@ class RunFolder:
         Raises InputError if it cannot be written or a plan of other options is there.
         """
         earlier = _config_in(self.plan) or {}
-        if changed := self._changed(earlier, but=NOT_OF_THE_LEARNING):
+        if changed := self._changed(earlier, but=NON_TRAINING_OPTIONS):
             raise InputError(f"{self.plan} is of other options ({'; '.join(changed)}): {ELSEWHERE}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -392,7 +392,7 @@ def run_name(options: argparse.Namespace) -> str:
     """Name of a run folder: data, net, method, each option that is not the usual one, index."""
     said = {
         "dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode",
-        *NOT_OF_THE_LEARNING,
+        *NON_TRAINING_OPTIONS,
     }  # fmt: skip
     if options.balanced_memory:
         said.add("partition")

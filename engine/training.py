@@ -23,7 +23,7 @@ from engine.console import Progress, print_epoch, print_summary
 from engine.device import CompileTime, compile_errors, device_name
 from engine.errors import Diverged
 from engine.memory import PeakMemory
-from engine.options import MEMORY_AND_SPEED, OF_THE_STEPS
+from engine.options import BATCH_OPTIONS, PERFORMANCE_OPTIONS
 from engine.run_folder import RunFolder, is_same
 from engine.signals import INTERRUPTS, Interrupted
 from engine.step import (
@@ -251,7 +251,7 @@ class Training:
         try:
             if checkpoint.totals:
                 self.totals.load(checkpoint.totals)
-            if checkpoint.peak and not self._changed(checkpoint, MEMORY_AND_SPEED):
+            if checkpoint.peak and not self._changed(checkpoint, PERFORMANCE_OPTIONS):
                 self.peak.load(checkpoint.peak)
         except (KeyError, ValueError) as error:
             raise InputError(
@@ -260,7 +260,7 @@ class Training:
 
     def _check_steps(self, checkpoint: Checkpoint) -> None:
         where = f"the checkpoint is in the middle of epoch {self.epoch + 1}"
-        if changed := self._changed(checkpoint, OF_THE_STEPS):
+        if changed := self._changed(checkpoint, BATCH_OPTIONS):
             raise InputError(f"{where}, so {', '.join(changed)} must stay as it was")
         if not 0 < checkpoint.step <= len(self.train_batches):
             raise InputError(

@@ -38,7 +38,7 @@ from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, Split
 from engine.device import choose_device, compile_errors, device_name, ready, set_switches, wait_for
 from engine.memory import MIB, PeakMemory
-from engine.options import Parser, read_options, whole
+from engine.options import Parser, integer_between, read_options
 from engine.options import build_parser as build_train_parser
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from engine.training import Elsewhere, Lost
@@ -452,18 +452,20 @@ def build_parser() -> Parser:
         "--versus", action="append", default=[], metavar="OPTIONS",
         help="--versus=\"...\": options of train.py to add in one more row; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps a row")
+    parser.add_argument(
+        "--steps", type=integer_between(1), default=10, metavar="N", help="timed steps a row"
+    )
     parser.add_argument(
         "--parallel", choices=["modules"], help="time several processes against one",
     )  # fmt: skip
     parser.add_argument(
-        "--nproc", type=whole(1), default=2, metavar="P", help="with --parallel: so many",
+        "--nproc", type=integer_between(1), default=2, metavar="P", help="with --parallel: so many",
     )  # fmt: skip
     parser.add_argument(
         "--module_ranges", nargs="*", default=[], metavar="A-B", help="with --parallel: of each",
     )  # fmt: skip
     parser.add_argument(
-        "--turns", type=whole(1), default=5, metavar="N", help="with --parallel: turns of each",
+        "--turns", type=integer_between(1), default=5, metavar="N", help="with --parallel: turns of each",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -20,7 +20,7 @@ from pathlib import Path
 from configs import InputError, one_line
 from engine.files import replacing, write_text
 from engine.memory import MIB
-from engine.options import Defaults, Parser
+from engine.options import HelpFormatter, Parser
 from report.report_figures import draw_figures
 from report.results import Cell, Setting, Statistic, make_cell, read_records
 from report.tables import TABLES, Grid, Group, Table, fill_grids, group_records
@@ -196,7 +196,7 @@ def main() -> int:
     parser = Parser(
         prog="report.py",
         description="The paper's tables and figures, from the summaries and plans of runs.",
-        formatter_class=Defaults,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold run folders")

@@ -18,7 +18,7 @@ from configs import (
     choose_cuts,
     one_line,
 )
-from engine.options import NOT_OF_THE_LEARNING, data_name
+from engine.options import NON_TRAINING_OPTIONS, data_name
 from engine.run_folder import read_metrics, unusual_options
 from models.context import ContextMode
 
@@ -185,7 +185,7 @@ def read_record(path: Path) -> Record:
     if K == 1:
         method = method._replace(mode="R0", loss="cross_entropy", decoders=False, balanced=False)
     method.order, method.label  # noqa: B018  # an unknown mode or loss shows here
-    options = unusual_options(config, {*METHOD_OPTIONS, *NOT_OF_THE_LEARNING})
+    options = unusual_options(config, {*METHOD_OPTIONS, *NON_TRAINING_OPTIONS})
     trained = path.name == "summary.json"
     epochs = read_metrics(path.with_name("metrics.jsonl"))
     if trained and epochs and epochs[0].get("epoch") != 1:

@@ -273,7 +273,7 @@ def test_keys_of_a_terminal_reach_the_run(clone):
     [
         (["table1", "--lsit"], {}, "unrecognized arguments: --lsit"),
         (["all"], {"EPOCHS": "many"}, "--epochs: 'many'"),
-        (["table1", "--cuts", "1,0", "--balanced_memory"], {}, "--cuts are a partition"),
+        (["table1", "--cuts", "1,0", "--balanced_memory"], {}, "--cuts and --balanced_memory"),
     ],
 )
 def test_options_that_are_wrong_are_said_once(clone, arguments, environment, says):

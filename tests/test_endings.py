@@ -395,7 +395,7 @@ def test_anomaly_is_found_from_the_last_checkpoint(here, monkeypatch, capsys):
     assert "local_modules." in err[0]
     status, _, err = main(monkeypatch, capsys, *TINY, "--detect_anomaly", "--compile")
     assert (status, len(err)) == (2, 1)
-    assert "sees into no compiled step" in err[0]
+    assert "--detect_anomaly and --compile exclude each other" in err[0]
 
 
 def test_detect_anomaly_changes_no_run(here, monkeypatch, capsys):

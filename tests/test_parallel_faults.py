@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_on_another_rank(server):
         (["--device", "cuda:0"], "--device cuda:0 is one device, and each process has its own: "
          "give --device cuda"),
         (["--sync_bn"], "--sync_bn is for --parallel data: give that, or leave it out"),
-        (["--detect_anomaly"], "--detect_anomaly looks at one process: leave --parallel out"),
+        (["--detect_anomaly"], "--detect_anomaly and --parallel exclude each other"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of 1 to 1000000000"),
         (["--data_dir", "nowhere", "--dataset", "folder"], "cannot read the images in nowhere"),
     ],

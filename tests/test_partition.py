@@ -208,12 +208,12 @@ def test_a_run_keeps_its_cuts(monkeypatch, capsys, tmp_path, arguments, cuts):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory_budget", "1", "--local_module_num", "2"], "leave --local_module_num out"),
-        (["--cuts", "1,0", "--partition", "auto"], "leave --partition"),
-        (["--cuts", "1,0", "--memory_budget", "1"], "leave --partition"),
+        (["--memory_budget", "1", "--local_module_num", "2"], "exclude each other"),
+        (["--cuts", "1,0", "--partition", "auto"], "--cuts and --partition"),
+        (["--cuts", "1,0", "--memory_budget", "1"], "--cuts and --memory_budget"),
         (["--balanced_memory", "--partition", "auto"], "is not --partition auto"),
-        (["--json"], "give --dry_run as well"),
-        (["--dry_run", "--evaluate", "a.pt"], "give one of them"),
+        (["--json"], "is for --dry_run: give that"),
+        (["--dry_run", "--evaluate", "a.pt"], "exclude each other"),
         (["--cuts", "1.0"], "no STAGE,BLOCK"),
         (["--cuts", "3,0"], "not after [3, 0]"),
         (["--cuts", "2,0", "1,0"], "front to back"),
