@@ -13,9 +13,9 @@ if __name__ == "__main__":
 
 import argparse
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -37,20 +37,21 @@ from parallel.launch import first_speaks, make_strategy
 from planning.dry_run import choose_network, dry_run
 
 
-class Job(NamedTuple):
+@dataclass
+class Job:
     """What rank 0 makes of the command line: a run to train, or a checkpoint to evaluate.
 
     Attributes:
         options: complete.
         checkpoint: where to continue, or what to evaluate; None for a new run.
-        path: the run folder, locked by rank 0.
+        folder: the run folder, locked by rank 0; None for an evaluation.
         arguments: of `build_network`.
         predicted_peak: bytes, where cuts were chosen for them.
     """
 
     options: argparse.Namespace
     checkpoint: Checkpoint | None
-    path: Path
+    folder: RunFolder | None
     arguments: dict[str, Any]
     predicted_peak: int | None
 
@@ -81,53 +82,33 @@ def prepare(argv: list[str], stack: ExitStack) -> Job | None:
     """
     options, checkpoint = read_options(argv)
     if options.evaluate:
-        return Job(options, checkpoint, Path(), *choose_network(options))
-    path = run_folder(options)
-    folder = RunFolder(path, options)
-    if options.resume == "auto":
-        if folder.is_finished():
-            print(f"{path} is finished: all {options.epochs} epochs are done")
-            return None
-        stack.enter_context(folder.locked())
-        if newest := folder.newest():
-            options, checkpoint = read_options([*argv, "--resume", str(newest)])
-        arguments, predicted_peak = choose_network(options)
-    else:
-        arguments, predicted_peak = choose_network(options)
-        RunFolder(path, options).check_free(options.resume, checkpoint)
-        stack.enter_context(folder.locked())
-    folder = RunFolder(path, options)
-    folder.check_free(options.resume, checkpoint)
-    if checkpoint is not None and is_done(options, checkpoint, folder):
-        print(f"{path} is finished: {progress(options, checkpoint)}")
+        return Job(options, checkpoint, None, *choose_network(options))
+    is_auto = options.resume == "auto"
+    if not is_auto:
+        chosen = choose_network(options)  # first: the number of modules may name the folder
+    folder = RunFolder(run_folder(options), options)
+    if is_auto and folder.is_finished():
+        print(f"{folder.path} is finished: all {options.epochs} epochs are done")
         return None
-    return Job(options, checkpoint, path, arguments, predicted_peak)
-
-
-def is_done(options: argparse.Namespace, checkpoint: Checkpoint, folder: RunFolder) -> bool:
-    """Return whether nothing is left to do; raise InputError if no folder has the run's summary."""
-    if checkpoint.epoch < options.epochs:
-        return False
-    if folder.is_finished():
-        return True
-    if not folder.history_of(options.resume, checkpoint):  # else the summary is left to write
-        raise InputError(
-            f"{progress(options, checkpoint)} in {options.resume}: give more --epochs, or "
-            "--evaluate it"
-        )
-    return False
-
-
-def progress(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
-    """Return how far a run is, in words."""
-    return f"{checkpoint.epoch} of {options.epochs} epochs are done"
+    stack.enter_context(folder.locked())
+    newest = folder.read_checkpoints(options.resume, checkpoint)
+    if is_auto:
+        if newest is not None:
+            checkpoint = folder.found[newest]
+            options, _ = read_options([*argv, "--resume", str(newest)], checkpoint)
+        chosen = choose_network(options)
+    if not folder.prepare(options, checkpoint):
+        done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
+        print(f"{folder.path} is finished: {done}")
+        return None
+    return Job(options, checkpoint, folder, *chosen)
 
 
 @tolerant_output()
 def train(job: Job, strategy: Strategy) -> None:
     """Train into the run folder, from the checkpoint if there is one; raise what Training does."""
     options = job.options
-    folder = strategy.run_folder(job.path, options)
+    folder = strategy.run_folder(job.folder, options)
     compile_time = CompileTime() if options.compile else None
     network, device = make_network(job, strategy)
     if job.predicted_peak:
@@ -145,8 +126,8 @@ def train(job: Job, strategy: Strategy) -> None:
     )
     if job.checkpoint is not None:
         training.load(job.checkpoint)
-    folder.open(options.resume, job.checkpoint, device_name(device), strategy.describe())
-    del job  # the checkpoint's tensors are not needed any more
+    folder.open(job.checkpoint, device_name(device), strategy.describe())
+    job.checkpoint = None  # lets go of its memory
     try:
         training.run()
     except (Interrupted, CannotSave) as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name first, then renamed."""
+"""Files that are complete or not there: written under another name first, then renamed."""
 
 import contextlib
 import json
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file to write; when it is on the disk, it takes the place of `path` in one step.
+    """Open a file that takes the place of `path` in one step, once it is on the disk.
 
-    Until then, and if anything goes wrong, what was there stays. Raises OSError.
+    If anything goes wrong, what was there stays. Raises OSError.
     """
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -26,17 +26,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name survive a power cut, where the system can say so of a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # so that the new name survives a power cut, too
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
 def write_json(path: Path, contents: dict) -> None:

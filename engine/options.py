@@ -153,7 +153,7 @@ def build_parser() -> Parser:
     )
 
     add = parser.add_argument_group("method").add_argument
-    add("--model", choices=["resnet"], default="resnet", help="backbone")
+    add("--model", default="resnet", metavar="NAME", help="backbone; an entry of BACKBONES")
     add("--layers", type=integer_between(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
     add("--local_module_num", type=integer_between(1), metavar="K",
         help="number of modules; 1 trains end to end (default: 1, or as --cuts or --memory_budget)")
@@ -272,8 +272,8 @@ def build_parser() -> Parser:
 
 
 NETWORK_OPTIONS = (
-    "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset", "image_size",
-    "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
+    "model", "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset",
+    "image_size", "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
     "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""

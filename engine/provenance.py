@@ -1,4 +1,4 @@
-"""What made a run: versions, the commit of this code, and whether files differed from it."""
+"""What made a run: library versions, and the commit of this code."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ CODE = Path(__file__).resolve().parent.parent
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that compute."""
+    """Return the versions of Python and of the libraries that compute."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -23,10 +23,9 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path = CODE) -> dict[str, str | bool | None]:
-    """`commit` of the repository that the code is tracked in, and whether the tree is `dirty`.
+    """Return the `commit` of the code, and whether tracked files differ from it (`dirty`).
 
-    Dirty is a tracked file that differs from the commit. Both are None where there is no git, or
-    the code is not tracked.
+    Both are None without git, or where the folder's code is not tracked.
     """
     try:
         _git(folder, "ls-files", "--error-unmatch", "train.py")

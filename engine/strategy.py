@@ -6,7 +6,6 @@ either and does not know how many processes there are.
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -76,9 +75,9 @@ class Strategy:
         """Return this process's device for `--device`; raise InputError if it is not there."""
         return choose_device(name)
 
-    def run_folder(self, path: Path, options: argparse.Namespace) -> RunFolder:
-        """Return the run folder as this process sees it: rank 0 writes."""
-        return RunFolder(path, options)
+    def run_folder(self, folder: RunFolder, options: argparse.Namespace) -> RunFolder:
+        """Return rank 0's run folder as this process sees it: rank 0 writes."""
+        return folder
 
     def divide(
         self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device

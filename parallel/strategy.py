@@ -11,7 +11,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -109,8 +108,8 @@ class ParallelStrategy(Strategy):
     def device(self, name: str) -> torch.device:
         return self.group.device
 
-    def run_folder(self, path: Path, options: argparse.Namespace) -> RunFolder:
-        return (RunFolder if self.is_first else _UnwrittenFolder)(path, options)
+    def run_folder(self, folder: RunFolder, options: argparse.Namespace) -> RunFolder:
+        return folder if self.is_first else _UnwrittenFolder(folder.path, options)
 
     def place(
         self, network: ContSupNetwork, options: argparse.Namespace, device: torch.device
