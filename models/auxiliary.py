@@ -1,6 +1,7 @@
-"""What a local module is trained with and inference drops: auxiliary heads and decoders."""
+"""Auxiliary nets, which training needs and inference drops: local heads and decoders."""
 
 import re
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,41 +10,23 @@ from configs import InputError
 
 
 def scaled_width(width: int, factor: float) -> int:
-    """`width * factor`, truncated; InputError if that leaves nothing."""
+    """Return `width * factor`, truncated; raise InputError if that is 0."""
     scaled = int(width * factor)
     if scaled < 1:
         raise InputError(f"a width of {width} times {factor} truncates to {scaled}: widen more")
     return scaled
 
 
-def parse_head_config(config: str) -> tuple[int, int]:
-    """`AcBf` -> (A convs, B linear layers), B >= 1; InputError for anything else."""
-    match = isinstance(config, str) and re.fullmatch(r"([0-9])c([1-9])f", config)
-    if not match:
-        raise InputError(
-            f"unknown aux_net_config {config!r}: AcBf means A convs and B linear layers, e.g. "
-            "0c1f, 0c2f, 1c1f, 1c2f, 1c3f or 2c2f"
-        )
-    return int(match[1]), int(match[2])
-
-
-def auxiliary_head(
-    channels: int, outputs: int, config: str = "1c2f", widen: float = 1.0, feature_dim: int = 128
+def conv_linear_head(
+    match: re.Match, channels: int, outputs: int, widen: float, feature_dim: int
 ) -> nn.Sequential:
-    """Local head on a module's output: (N, channels, S, S) -> (N, outputs).
+    """Return an `AcBf` head: A times conv3x3-BN-ReLU, global average pool, B linear layers.
 
-    A times conv3x3-BN-ReLU, global average pool, B linear layers with ReLU between them.
-
-    Args:
-        channels: channels at the cut, 16, 32 or 64.
-        outputs: number of classes, or the embedding's width for `contrast`.
-        config: `AcBf`.
-        widen: w; convs are 32w wide on 16 channels and 64w on more.
-        feature_dim: f; hidden linear layers are f*w wide. Fractions of a width are truncated.
-    Raises:
-        InputError: config is not `AcBf`, or a width truncates to 0.
+    There is a ReLU between linear layers. Convs are 32w wide on 16 channels and 64w on more; the
+    first one has stride 2 on fewer than 64 channels. Hidden linear layers are f*w wide. Fractions
+    of a width are truncated.
     """
-    convs, linears = parse_head_config(config)
+    convs, linears = int(match[1]), int(match[2])
     base_width = 32 if channels == 16 else 64
     layers: list[nn.Module] = []
     for i in range(convs):
@@ -64,11 +47,46 @@ def auxiliary_head(
     return nn.Sequential(*layers)
 
 
-class Decoder(nn.Sequential):
-    """Reconstructs the input from a module's output (`--h_reconstruct`; README, equation 9).
+HEADS: dict[str, Callable[[re.Match, int, int, float, int], nn.Module]] = {
+    r"([0-9])c([1-9])f": conv_linear_head,
+}
+"""`--aux_net_config`: pattern of a name -> (match, channels, outputs, w, f) -> head."""
 
-    (N, channels, S, S) is resized bilinearly to `size` = (H, W) of the image and convolved to the
-    logits of an image (N, 3, H, W); their sigmoid is the reconstruction in [0, 1].
+
+def find_head(config: str) -> tuple[re.Match, Callable[..., nn.Module]]:
+    """Return the match and the builder of a head's name; raise InputError for an unknown name."""
+    for pattern, build in HEADS.items():
+        if isinstance(config, str) and (match := re.fullmatch(pattern, config)):
+            return match, build
+    raise InputError(
+        f"unknown aux_net_config {config!r}: AcBf means A convs and B linear layers, e.g. "
+        "0c1f, 0c2f, 1c1f, 1c2f, 1c3f or 2c2f"
+    )
+
+
+def auxiliary_head(
+    channels: int, outputs: int, config: str = "1c2f", widen: float = 1.0, feature_dim: int = 128
+) -> nn.Module:
+    """Return a local head on a module's output: (N, channels, S, S) -> (N, outputs).
+
+    Args:
+        channels: channels at the cut.
+        outputs: number of classes, or the embedding's width for `contrast`.
+        config: name of an entry in HEADS.
+        widen: w, factor of the widths of convs and hidden linear layers.
+        feature_dim: f, width of hidden linear layers.
+    Raises:
+        InputError: the name is unknown, or a width truncates to 0.
+    """
+    match, build = find_head(config)
+    return build(match, channels, outputs, widen, feature_dim)
+
+
+class Decoder(nn.Sequential):
+    """Two convs that reconstruct the image (`--h_reconstruct`; README, equation 9).
+
+    Features (N, channels, S, S) are resized bilinearly to the image's `size` = (H, W). The output
+    is the logits of an image (N, 3, H, W); their sigmoid is the reconstruction in [0, 1].
     """
 
     def __init__(self, channels: int, widen: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""From options to a network: checks every argument, then puts the local modules together."""
+"""`build_network`: check every argument, then put the local modules together."""
 
 import math
 import numbers
@@ -18,10 +18,10 @@ from configs import (
     published_loss_scale,
 )
 from losses import CROSS_ENTROPY, LOCAL_LOSSES
-from models.auxiliary import Decoder, auxiliary_head, parse_head_config
+from models.auxiliary import Decoder, auxiliary_head, find_head
 from models.context import ContextMode, Contexts, ContextSupply
 from models.network import ContSupNetwork, LocalModule
-from models.resnet import build_units, channels_after, initialise, real_head
+from models.resnet import BACKBONES, initialise, real_head
 
 SMALLEST_IMAGE = 4
 """Two strides of 2 leave one pixel of this many."""
@@ -54,8 +54,9 @@ def build_network(
     recompute: bool = False,
     cuts: Sequence[Cut] | None = None,
     amp: str = "off",
+    model: str = "resnet",
 ) -> ContSupNetwork:
-    """A ResNet cut into local modules, initialised from torch's global generator.
+    """Return a backbone cut into local modules, initialised from torch's global generator.
 
     Only what a run uses is built: no encoder without its context, no decoder without
     `h_reconstruct`. Initialisation and structure: README, "The method in equations".
@@ -74,11 +75,12 @@ def build_network(
         aux_net_config, aux_net_widen, aux_net_feature_dim: see `auxiliary_head`.
         droprate: dropout inside the blocks, in [0, 1).
         loss_scale: (ixx_1, ixy_1, ixx_2, ixy_2) for the decoders instead of the published row.
-        context_group: channels of a context encoder that are worked on at a time, its maps made
-            again in the backward; 0 runs the plain layers, all at once, and keeps their maps.
-        recompute: inside a module keep the units' inputs only, and make the rest again in the
-            backward; of the last unit, whose backward comes first, the rest is kept.
+        context_group: output channels of a context encoder that run at a time; the backward
+            recomputes their maps. 0 runs all channels at once and keeps their maps.
+        recompute: activation checkpointing of every unit but a module's last, whose backward comes
+            first.
         cuts: K-1 [stage, block] of your own, in order, instead of equal or balanced ones.
+        model: name of a backbone in `models.resnet.BACKBONES`.
         amp: `bf16` or `fp16` runs convs and matrix products in that, by autocast; `off` does not.
     Raises:
         ValueError: an argument is out of range or does not fit the others; the message is a
@@ -94,6 +96,7 @@ def build_network(
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
     _check_choice("amp", amp, AMP)
+    _check_choice("model", model, BACKBONES)
     _check_range(
         "image_size", image_size, image_size >= SMALLEST_IMAGE, f"{SMALLEST_IMAGE} or more"
     )
@@ -102,14 +105,14 @@ def build_network(
     _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
     group_fits = _is_whole(context_group) and context_group >= 0
     _check_range("context_group", context_group, group_fits, "a whole number of at least 0")
-    parse_head_config(aux_net_config)
+    find_head(aux_net_config)
 
     K = local_module_num
     if cuts is None:
         cuts = choose_cuts(layers, K, dataset, balanced_memory)
     else:
         check_cuts(cuts, layers, K)
-    parts = _split(build_units(layers, droprate), cuts)
+    parts = _split(BACKBONES[model](layers, droprate), cuts)
     mode = ContextMode.parse(context_mode)
     if mode.recent > K:
         raise InputError(
@@ -129,9 +132,9 @@ def build_network(
         supply = ContextSupply(sources, channels, aux_net_widen, context_group)
         if index:
             contexts.push(channels)
-        channels = channels_after(part)
+        channels = list(part.values())[-1].out_channels
         if index == K - 1:
-            head = real_head(num_classes)
+            head = real_head(channels, num_classes)
             modules.append(LocalModule(supply, part, head, CROSS_ENTROPY, recompute=recompute))
             break
         outputs = num_classes if task.classifies else aux_net_feature_dim
@@ -147,7 +150,7 @@ def build_network(
 
 
 def _split(units: dict[Cut, nn.Module], cuts: Sequence[Cut]) -> list[dict[Cut, nn.Module]]:
-    """The units, in order, as one part a module; each cut lies right after the unit it names."""
+    """Return one dict of units for each module; a cut lies right after the unit it names."""
     parts: list[dict[Cut, nn.Module]] = [{}]
     after = {tuple(cut) for cut in cuts}
     for name, unit in units.items():

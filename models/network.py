@@ -1,4 +1,8 @@
-"""A network as a list of local modules, each trained on its own loss."""
+"""A network as a list of local modules, each trained on its own loss.
+
+The paper's step is `ContSupNetwork.module_step`: context (equation 1), forward, local loss
+(equation 6) and backward of one module. Numbers of equations are those of the README.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,18 +21,18 @@ from models.recompute import keep_input_only
 
 
 class LocalModule(nn.Module):
-    """The part of a network between two cuts, with all that trains on its loss.
-
-    `index` is its place in the network, from 0.
+    """The part of a network between two cuts, and the encoders, head and decoder that train with it.
 
     Args:
-        context: what is added to the features that enter.
-        units: [stage, block] -> backbone unit, in order.
+        context: encoders of what is added to the features that enter.
+        units: backbone units by [stage, block], in order.
         head: real head (last module) or auxiliary head, (N, C, S, S) -> (N, D).
-        task: what the head trains on.
+        task: the head's loss.
         decoder: reconstructs the image from the module's output, or None.
         loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
-        recompute: of all units but the last keep only the input for the backward.
+        recompute: activation checkpointing of all units but the last.
+    Attributes:
+        index: place in the network, from 0.
     """
 
     def __init__(
@@ -53,32 +57,32 @@ class LocalModule(nn.Module):
         self.recompute = recompute
 
     def forward(self, h_in: Tensor) -> Tensor:
-        """Features with context (N, C, S, S) -> h_out of the last unit."""
+        """Return h_out (N, C', S', S') of the last unit for h_in (N, C, S, S)."""
         *units, last = self.units
         h = h_in
         for unit in units:
             h = keep_input_only(unit, h) if self.recompute else unit(h)
-        return last(h)  # its backward comes next: made again, its maps would exist twice
+        return last(h)  # its backward comes next: recomputed, its maps would exist twice
 
     def forward_and_losses(
         self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """h_out and head's output, both detached, then the loss parts: what `--compile` compiles.
+        """Return detached h_out and head output, then the two losses: what `--compile` compiles.
 
-        In one piece, so that the compiled backward takes its ReLU masks from the output. The
-        weights of the losses, which differ from module to module, are left out of it.
+        It is one graph, so that the compiled backward takes its ReLU masks from the output. The
+        weights of the losses are left out, since they differ from module to module.
         """
         h_out = self(h_in)
         output, task, reconstruction = self.loss_parts(h_out, targets, pixels)
         return h_out.detach(), output.detach(), task, reconstruction
 
     def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Local loss and the head's output (README, equations 6 to 9).
+        """Return the local loss and the head's output (equations 6 to 9).
 
         Args:
             h_out: (N, C, S, S), this module's features, before the next cut's context.
             targets: (N,) class indices.
-            pixels: (N, 3, H, W) un-normalised images in [0, 1]; used by a decoder.
+            pixels: (N, 3, H, W) un-normalised images in [0, 1], for a decoder.
         Returns:
             0-d loss and (N, D) head output.
         """
@@ -88,9 +92,9 @@ class LocalModule(nn.Module):
     def loss_parts(
         self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Head's output (N, D), task loss and reconstruction loss, the latter None or 0-d.
+        """Return head output (N, D), 0-d task loss, and 0-d reconstruction loss or None.
 
-        Under autocast head and decoder are narrow, and the losses of their outputs float32.
+        Under autocast head and decoder run in the narrow type, and their losses in float32.
         """
         output = wide(self.head(h_out))
         decoded = self.decoder and wide(self.decoder(h_out, pixels.shape[-2:]))
@@ -99,7 +103,7 @@ class LocalModule(nn.Module):
             return output, task, self.decoder and losses.reconstruction(decoded, pixels)
 
     def weighted_loss(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
-        """Local loss (README, equation 6)."""
+        """Return the local loss (equation 6), 0-d."""
         if reconstruction is None:
             return task
         lx, ly = self.loss_weights
@@ -185,11 +189,11 @@ class ContSupNetwork(nn.Module):
                 module.to("meta")
 
     def eagerly(self) -> AbstractContextManager:
-        """For a batch size that comes up rarely, and for evaluation: nothing is compiled here."""
+        """Return a context without compiling, for evaluation and for rare batch sizes."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """The precision of everything but the losses."""
+        """Return the context that all but the losses run in."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, self.autocast_dtype)
@@ -281,7 +285,7 @@ class ContSupNetwork(nn.Module):
         pixels: Tensor | None,
         scale_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run one module's context, forward, loss and backward (README, equations 1 to 9).
+        """Run one module's context, forward, loss and backward (equations 1 to 9).
 
         Afterwards its gradients are there, and `state` has its output for the next module. All
         else that the module made is freed: the features that enter are detached, so the backward
@@ -306,7 +310,7 @@ class ContSupNetwork(nn.Module):
         return loss.detach(), output
 
     def _supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
-        """Return the module's h_in (N, C, S, S) (README, equation 1), and move the contexts on."""
+        """Return the module's h_in (N, C, S, S) (equation 1), and move the contexts on."""
         h, state.h = state.h, None  # so that the context can take the place of the features
         if module.index:
             h = module.context(h, state.contexts.named())
@@ -320,7 +324,7 @@ class ContSupNetwork(nn.Module):
             self.io.send(state)
 
     def pixels(self, images: Tensor) -> Tensor | None:
-        """Un-normalised images in [0, 1], the decoders' target; None where nothing decodes."""
+        """Return un-normalised images in [0, 1], the decoders' target; None without decoders."""
         if all(module.decoder is None for module in self.stage):
             return None
         data = DATASETS[self.dataset]
@@ -330,7 +334,7 @@ class ContSupNetwork(nn.Module):
         return torch.stack(channels, dim=1).clamp_(0, 1)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the backbone (real head included), context encoders and auxiliary nets."""
+        """Return the parameters of backbone (with the real head), context and auxiliary nets."""
         counts = {"backbone": 0, "context": 0, "auxiliary": 0}
         last = self.local_modules[-1]
         for module in self.local_modules:

@@ -1,7 +1,7 @@
-"""The backbone: a CIFAR-style ResNet of depth 6n+2 as a flat list of units."""
+"""Backbones as flat lists of units: a CIFAR-style ResNet of depth 6n+2 (paper, section 4.1)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ STAGE_CHANNELS = (16, 16, 32, 64)
 
 
 class Stem(nn.Module):
-    """3x3 conv, BN, ReLU: image (N, 3, S, S) -> (N, 16, S, S)."""
+    """A 3x3 conv, BN, ReLU: image (N, 3, S, S) -> (N, 16, S, S)."""
+
+    out_channels = STAGE_CHANNELS[0]
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,10 +27,11 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """(N, in_channels, S, S) -> (N, channels, S/stride, S/stride)."""
+    """A residual block: (N, in_channels, S, S) -> (N, channels, S/stride, S/stride)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, droprate: float) -> None:
         super().__init__()
+        self.out_channels = channels
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.dropout = nn.Dropout(droprate)
@@ -47,10 +50,12 @@ class BasicBlock(nn.Module):
         return F.relu(out, inplace=True)
 
 
-def build_units(layers: int, droprate: float = 0.0) -> dict[Cut, nn.Module]:
-    """[stage, block] -> unit, in the order of the forward pass, the stem first.
+def resnet_units(layers: int, droprate: float = 0.0) -> dict[Cut, nn.Module]:
+    """Return the units of a ResNet by [stage, block], in the order of the forward pass.
 
-    Raises InputError if `layers` is not 6n+2.
+    Args:
+        layers: depth, 6n+2; InputError is raised for another.
+        droprate: dropout inside the blocks, in [0, 1).
     """
     units: dict[Cut, nn.Module] = {}
     for stage, block in unit_names(layers):
@@ -64,23 +69,23 @@ def build_units(layers: int, droprate: float = 0.0) -> dict[Cut, nn.Module]:
     return units
 
 
-def channels_after(units: Iterable[Cut]) -> int:
-    """Channels that the last of some units, named [stage, block], gives out."""
-    *_, (stage, _) = units
-    return STAGE_CHANNELS[stage]
+BACKBONES: dict[str, Callable[[int, float], dict[Cut, nn.Module]]] = {"resnet": resnet_units}
+"""`--model`: (layers, droprate) -> units by the names that `configs.unit_names(layers)` gives.
+
+Each unit maps features to features, (N, C, S, S) -> (N, C', S', S'), and has `out_channels` = C'.
+"""
 
 
-def real_head(num_classes: int) -> nn.Sequential:
-    """Global average pool and a linear layer: (N, 64, S, S) -> logits (N, num_classes)."""
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(STAGE_CHANNELS[-1], num_classes)
-    )
+def real_head(channels: int, num_classes: int) -> nn.Sequential:
+    """Return global average pool and linear layer: (N, C, S, S) -> logits (N, num_classes)."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 def initialise(network: nn.Module) -> None:
-    """Published initialisation, in place: conv weights normal with std sqrt(2 / (kh*kw*out)).
+    """Initialise conv weights as published, in place: normal with std sqrt(2 / (kh*kw*out)).
 
-    BatchNorm (weight 1, bias 0), linear layers and conv biases keep PyTorch's default.
+    BatchNorm (weight 1, bias 0), linear layers and conv biases keep PyTorch's default
+    (README, equation 5).
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
