@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from engine.console import headline, note
 from engine.memory import GIB, readable
 from engine.options import NETWORK_OPTIONS
 from engine.run_folder import RunFolder, run_folder
+from planning.partition import fewest_modules, smallest_peak
 from planning.plan import make_plan, print_plan
 
 
@@ -31,8 +33,6 @@ def choose_network(options: argparse.Namespace) -> tuple[dict[str, Any], int | N
     by_memory = options.memory_budget or options.partition == "auto"
     if options.cuts is not None or not by_memory:
         return arguments, None
-    from planning.partition import fewest_modules, smallest_peak
-
     if options.memory_budget:
         budget = int(options.memory_budget * GIB)
         _note_if_above_free(budget, options.device)
@@ -66,13 +66,12 @@ def dry_run(options: argparse.Namespace) -> None:
             return
     arguments, _ = choose_network(options)
     plan = make_plan(arguments, options.batch_size)
-    contents, print_table = plan.as_json(), lambda: print_plan(plan)
+    contents, parallel = asdict(plan), None
     if options.parallel:
-        from planning.pipeline_plan import plan_processes, print_parallel_plan
+        from planning.pipeline_plan import make_parallel_plan, print_parallel_plan
 
-        parallel = plan_processes(options, plan, arguments)
-        contents["parallel"] = parallel.as_json()
-        print_table = lambda: print_parallel_plan(parallel)  # noqa: E731
+        parallel = make_parallel_plan(options, plan, arguments)
+        contents["parallel"] = asdict(parallel)
     if options.save_plan:
         RunFolder(run_folder(options), options).add_plan(contents)
     if options.json:
@@ -80,4 +79,7 @@ def dry_run(options: argparse.Namespace) -> None:
         return
     precision = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.amp]
     print(f"{headline(options)}; a step of {options.batch_size} samples in {precision}")
-    print_table()
+    if parallel is not None:
+        print_parallel_plan(parallel)
+    else:
+        print_plan(plan)

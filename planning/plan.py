@@ -1,10 +1,10 @@
-"""What a run would take, found without training: one step on tensors that have no data.
+"""What a training step would take, found without training: one step on tensors without data.
 
-Under FakeTensorMode every operation gives tensors of the right shape and storage size without
-allocating or computing anything, so the meter counts what it would count on a real step.
+Under FakeTensorMode an operation returns tensors of the right shape and storage size, and neither
+allocates nor computes anything. The memory meter then counts what it would count on a real step.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ END_TO_END = {
     "loss_scale": None,
     "recompute": False,
 }
-"""Arguments of `build_network` that make any run one of plain end-to-end training."""
+"""Arguments of `build_network` that turn any run into plain end-to-end training."""
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One local module: bytes alive at its peak, FLOPs of its forward and backward a sample."""
+    """One local module: FLOPs of its forward and backward, and the peak while it trains."""
 
     index: int
     units: list[Cut]
@@ -44,8 +44,8 @@ class ModulePlan:
 class Plan:
     """What `--dry_run --json` prints.
 
-    A FLOP is a multiplication or an addition of a convolution or matrix product; those of the
-    recomputation in the backward count.
+    A FLOP is a multiplication or an addition in a convolution or a matrix product. What the
+    backward computes again counts.
     """
 
     peak_bytes: int
@@ -55,13 +55,9 @@ class Plan:
     parameters: dict[str, int]
     inference_flops_per_sample: dict[str, int]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
-        return asdict(self)
-
 
 def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
-    """The plan of a run.
+    """Return the plan of a run in one process.
 
     Args:
         arguments: of `build_network`.
@@ -96,7 +92,7 @@ def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
 
 
 def end_to_end_peaks(arguments: dict[str, Any], batch_size: int) -> tuple[int, int]:
-    """Peak bytes of a run's net trained end to end, and of that with `recompute`.
+    """Return the peak bytes of end-to-end training, without and with `recompute`.
 
     Arguments and errors are those of `make_plan`.
     """
@@ -110,28 +106,25 @@ def end_to_end_peaks(arguments: dict[str, Any], batch_size: int) -> tuple[int, i
 
 
 def fake_batch(arguments: dict[str, Any], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, S, S) and targets (N,) of the size that a run has; call in FakeTensorMode."""
+    """Return images (N, 3, S, S) and targets (N,) of a run; call it in FakeTensorMode."""
     size = arguments["image_size"]
     return torch.empty(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
 
 
 def step_flops(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list[int]:
-    """FLOPs of each module's turn in a training step."""
-    flops = []
+    """Return the FLOPs of each module of the stage in a training step."""
+    optimizers, totals, flops = make_optimizers(network), Totals(network, images.device), []
     with FlopCounterMode(display=False) as counter:
-        totals = Totals(network, images.device)
         train_step(
-            network, make_optimizers(network), images, targets, totals,
+            network, optimizers, images, targets, totals,
             after_module=lambda _: flops.append(counter.get_total_flops() - sum(flops)),
         )  # fmt: skip
     return flops
 
 
 def step_peaks(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list[int]:
-    """Peak bytes of each module's turn in a training step."""
-    optimizers = make_optimizers(network)
-    totals = Totals(network, images.device)
-    peaks = []
+    """Return the peak bytes of a training step while each module of the stage trains."""
+    optimizers, totals, peaks = make_optimizers(network), Totals(network, images.device), []
     with LiveBytes(tensors_alive(network, optimizers, images, targets)) as meter:
 
         def after_module(_: LocalModule) -> None:
@@ -144,7 +137,7 @@ def step_peaks(network: ContSupNetwork, images: Tensor, targets: Tensor) -> list
 
 @torch.no_grad()
 def inference_flops(network: ContSupNetwork, image: Tensor) -> dict[str, int]:
-    """FLOPs of `network(image)` for an image (1, 3, H, W): the backbone's and the encoders'."""
+    """Return the FLOPs of `network(image)`, image (1, 3, H, W): `backbone` and `context`."""
     network.eval()
     with FlopCounterMode(display=False) as counter:
         network(image)
@@ -156,7 +149,7 @@ def inference_flops(network: ContSupNetwork, image: Tensor) -> dict[str, int]:
 
 
 def print_plan(plan: Plan) -> None:
-    """A table of the modules, then the totals."""
+    """Print a table of the modules, then the totals."""
     print(f"{'module':>6}  {'units [stage, block]':20} {'parameters':>12} "
           f"{'training FLOPs/sample':>22} {'peak MiB':>10}")  # fmt: skip
     for m in plan.modules:
