@@ -1,4 +1,4 @@
-"""What a run prints, for people."""
+"""What a run prints for people."""
 
 import argparse
 import contextlib
@@ -18,65 +18,53 @@ from engine.memory import readable
 from models import ContSupNetwork
 
 
-class Progress:
+class Progress(tqdm):
     """A bar on a terminal, lines elsewhere; use it with `with`.
 
-    Says as well what a step compiled, and for how long.
+    With `compile_time` it also prints what a step compiled, and how long that took.
     """
 
     def __init__(
-        self,
-        epoch: int,
-        epochs: int,
-        steps: int,
-        compile_time: CompileTime | None = None,
-        done: int = 0,
+        self, epoch: int, epochs: int, steps: int, compile_time: CompileTime | None, done: int = 0
     ) -> None:
         self.compile_time = compile_time
         self.title = f"epoch {epoch:3}/{epochs}"
-        self.steps = steps
-        self.bar = tqdm(total=steps, initial=done, desc=self.title, leave=False,
-                        file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        super().__init__(total=steps, initial=done, desc=self.title, leave=False,
+                         file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
 
     def took(self) -> None:
-        """A step is done."""
-        self.bar.update()
+        """Count a step that is done."""
+        self.update()
         if self.compile_time is not None and self.compile_time.is_news():
-            self.bar.clear()
+            self.clear()
             print(self.compile_time.news(), flush=True)
 
     def show(self, step: int, losses: list[float]) -> None:
-        """The mean losses up to `step`, from 1."""
+        """Show the mean losses up to `step`, from 1."""
         text = f"loss {losses[-1]:.4f}, mean of the local losses {statistics.mean(losses):.4f}"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            print(f"{self.title}  step {step:4}/{self.steps}  {text}", flush=True)
+        self.set_postfix_str(text)
+        if self.disable:
+            print(f"{self.title}  step {step:4}/{self.total}  {text}", flush=True)
 
 
-class Tolerant:
-    """A stream that gives up, with a line on stderr, where it can't be written any more."""
+class ForgivingStream:
+    """A stream that drops its output, after one note, once it cannot be written any more."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.failed = False
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        self._attempt(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._attempt(self.stream.flush)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
-    def _try(self, act: Callable, *arguments: object) -> None:
+    def _attempt(self, act: Callable, *arguments: object) -> None:
         if self.failed:
             return
         try:
@@ -89,9 +77,9 @@ class Tolerant:
 
 @contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Inside, prints do not fail: a run of hours is not ended by a full disk or a closed pipe."""
+    """Keep prints from failing: a full disk or a closed pipe does not end a run of hours."""
     stream = sys.stdout
-    sys.stdout = Tolerant(stream)
+    sys.stdout = ForgivingStream(stream)
     try:
         yield
     finally:
@@ -99,18 +87,18 @@ def tolerant_output() -> Iterator[None]:
 
 
 def discard(stream: TextIO) -> None:
-    """Have what is in a stream's buffer, and what comes, go nowhere; else Python fails at exit."""
+    """Discard a stream's buffer and further output; else Python fails when it exits."""
     with contextlib.suppress(OSError):  # or it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def note(text: str) -> None:
-    """A line on stderr that is no error."""
+    """Print a line on stderr that is no error."""
     say(f"train.py: note: {text}")
 
 
 def say(line: str) -> None:
-    """A line on stderr, if it can be written."""
+    """Print a line on stderr, if it can be written."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -118,7 +106,7 @@ def say(line: str) -> None:
 
 
 def headline(options: argparse.Namespace) -> str:
-    """Net, data and method in a line."""
+    """Return net, data and method in a line."""
     loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
     return (
         f"ResNet-{options.layers} on {options.dataset}: K={options.local_module_num}, "
@@ -127,7 +115,7 @@ def headline(options: argparse.Namespace) -> str:
 
 
 def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
-    """What is to be trained, in three lines."""
+    """Print net, cuts and numbers of parameters, in three lines."""
     cuts = [list(module.unit_names[-1]) for module in network.local_modules[:-1]]
     counts = [f"{name} {n:,}" for name, n in network.parameter_counts().items()]
     print(headline(options))
@@ -136,7 +124,7 @@ def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
 
 
 def print_epoch(metrics: dict, epochs: int) -> None:
-    """The figures of an epoch, in two lines; with K > 1 the modules' in two more."""
+    """Print an epoch's metrics, in one line and with K > 1 two more; then a line for each rank."""
     m = metrics
     print(f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:.4f}"
           f"  train loss {m['train_loss']:.4f} error {m['train_error']:.2f} %"
@@ -155,7 +143,7 @@ def print_epoch(metrics: dict, epochs: int) -> None:
 
 
 def print_summary(summary: dict, folder: Path) -> None:
-    """How the run ended and where its files are."""
+    """Print how the run ended and where its files are."""
     print(f"test error {summary['error_last']:.2f} % at the last epoch, "
           f"{summary['error_best']:.2f} % at the best")  # fmt: skip
     print(f"peak memory {readable(summary['peak_memory_bytes'])} ({summary['peak_memory_how']})")

@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM: what a terminal's Ctrl-C and a scheduler's preemption send.
+"""Signals: a terminal's Ctrl-C (SIGINT), and a scheduler's preemption (SIGTERM and others).
 
-Nothing but the standard library is imported here: a script installs this before what takes seconds
-to import, and so answers from its start.
+Only the standard library is imported here: a script installs the handlers before imports that take
+seconds, and so answers from its start.
 """
 
 import os
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGHUP and the others are handled as SIGTERM: schedulers can be asked to send them early."""
 
 
 class Interrupted(Exception):
-    """A training was asked to stop, and has. `status` is the exit status."""
+    """A training was asked to stop, and has stopped. `status` is the exit status."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -23,61 +24,62 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """What this process was asked to do by signals.
+    """What signals have asked this process to do.
 
-    While `held`, the first one only asks: `check` raises Interrupted. A later one ends the process
-    at once, with status 130 or 143, as any does that is not held. What comes within half a second
-    is the same one: a scheduler that signals all processes of a job reaches this one also by way of
-    command.sh.
+    A signal ends the process at once, with status 130 or 143. While `deferred`, the first one only
+    sets `asked`, and `check` raises Interrupted; a later one ends the process at once. One that
+    comes within half a second is the same one: a scheduler that signals all processes of a job
+    reaches this one through command.sh, too.
 
     Attributes:
-        asked: number of the signal that came while held, or None.
+        asked: number of the signal that came while deferred, or None.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self._held = False
-        self._when = 0.0
+        self._deferred = False
+        self._time = 0.0
 
     def install(self) -> None:
-        """Take the place of Python's own handlers, which know no SIGTERM and print tracebacks."""
+        """Replace Python's own handlers, which print tracebacks or say nothing."""
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and others ask for
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and others ask for that
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """A signal has come."""
-        if self._held and self.asked is None:
-            self.asked, self._when = number, time.monotonic()
+        """Handle a signal."""
+        number = number if number == signal.SIGINT else signal.SIGTERM
+        if self._deferred and self.asked is None:
+            self.asked, self._time = number, time.monotonic()
             _say("stopping after this step; a second signal stops at once")
-        elif not self._held or time.monotonic() - self._when > 0.5:
-            _say("stopped at once" if self._held else "interrupted")
+        elif not self._deferred or time.monotonic() - self._time > 0.5:
+            _say("stopped at once" if self._deferred else "interrupted")
             os._exit(128 + number)
 
     @contextmanager
-    def held(self, at_once: bool = True) -> Iterator[None]:
-        """Inside, there is something to finish first: `at_once`, or from the first `hold` on."""
-        self._held, self.asked = at_once, None
+    def deferred(self, at_once: bool = True) -> Iterator[None]:
+        """Let a signal wait for `check`; `at_once`, or from the first call of `defer` on."""
+        self._deferred, self.asked = at_once, None
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
-    def hold(self) -> None:
-        """From here on there is something to finish."""
-        self._held = True
+    def defer(self) -> None:
+        """Let signals wait from here on: there is something to save."""
+        self._deferred = True
 
     def check(self) -> None:
-        """Raise Interrupted if that was asked for."""
+        """Raise Interrupted if a signal has asked for it."""
         if self.asked is not None:
             raise Interrupted(self.asked)
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers, which the signal may have come in the middle of."""
+    """Write past Python's buffers, which the signal may have come in the middle of."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 INTERRUPTS = Interrupts()
-"""This process's."""
+"""The interrupts of this process."""

@@ -96,7 +96,7 @@ class Training:
         """
         self.folder.history = self.strategy.broadcast(self.folder.history)
         # Compiling takes a minute or more, and until the first step there is nothing to save.
-        with INTERRUPTS.held(at_once=not self.options.compile):
+        with INTERRUPTS.deferred(at_once=not self.options.compile):
             try:
                 while self.epoch < self.options.epochs:
                     self.run_epoch(self.epoch + 1)
@@ -169,7 +169,7 @@ class Training:
                     self.check_losses(totals)
                     self.strategy.show_losses(step, totals, progress)
                 totals.seconds = seconds_before + time.perf_counter() - start
-                INTERRUPTS.hold()
+                INTERRUPTS.defer()
                 every = self.options.checkpoint_every
                 if every and step % every == 0 and step < steps:
                     self.save()

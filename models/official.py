@@ -1,4 +1,4 @@
-"""The authors' checkpoint format: which of their names is which of ours.
+"""The authors' checkpoint format, and its names for the parts of a network:
 
     conv1, bn1, layer{stage}.{block}, fc             backbone
     aux_classifier_{stage}_{block}.head              auxiliary head of the module that ends there
@@ -21,7 +21,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def official_names(network: ContSupNetwork) -> dict[str, str]:
-    """Name in `network.state_dict()` -> name in the authors' format, without `module.`."""
+    """Return {name in `network.state_dict()`: the authors' name, without `module.`}."""
     prefixes = {
         f"local_modules.{index}.{ours}": theirs
         for index, module in enumerate(network.local_modules)
@@ -47,12 +47,12 @@ def _prefixes(index: int, module: LocalModule, last: bool) -> Iterator[tuple[str
 
 
 def is_official(state_dict: dict[str, Tensor]) -> bool:
-    """Whether the names are the authors' and not this project's."""
+    """Return whether the names are the authors' and not this project's."""
     return "conv1.weight" in state_dict or f"{SAVED_PREFIX}conv1.weight" in state_dict
 
 
 def from_official(network: ContSupNetwork, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official entries that `network` has a name for, under that name; the rest is skipped.
+    """Return the official entries that `network` has, under its names; skip the rest.
 
     The release also saves encoders and decoders that its run never used.
     """
@@ -65,9 +65,9 @@ def from_official(network: ContSupNetwork, entries: dict[str, Tensor]) -> dict[s
 def official_momentum(
     state_dict: dict[str, Tensor], optimizer: dict[str, dict]
 ) -> dict[str, Tensor]:
-    """Momentum of the release's one SGD by official parameter name.
+    """Return the momentum of the release's one SGD by official parameter name.
 
-    It numbers the parameters in the order of the state dict, buffers left out.
+    The release numbers parameters in the order of the state dict, without buffers.
     """
     parameters = [name for name in state_dict if not name.endswith(BUFFERS)]
     return {
@@ -78,12 +78,11 @@ def official_momentum(
 
 
 def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tensor]) -> None:
-    """Weights and BatchNorm statistics saved by the authors' release into `network`, in place.
+    """Load weights and BatchNorm statistics saved by the authors' release, in place.
 
-    Names that `network` has no use for are skipped: the release also saves encoders and decoders
-    that its run never used. Names may carry the `module.` of a saved checkpoint.
+    Names may have the `module.` of a saved checkpoint. Names that `network` lacks are skipped.
 
-    Raises InputError if a tensor is missing or has another shape; nothing is changed then.
+    Raises InputError if a tensor is missing or has another shape; the network is then as it was.
     """
     network.load_state_dict(matched(network, state_dict, official=True))
 
@@ -91,7 +90,7 @@ def load_official_state_dict(network: ContSupNetwork, state_dict: dict[str, Tens
 def matched(
     network: ContSupNetwork, state_dict: dict[str, Tensor], official: bool
 ) -> dict[str, Tensor]:
-    """The state dict by this project's names; InputError if it is of another network."""
+    """Return the state dict by this project's names; raise InputError if it does not fit."""
     if official:
         state_dict = from_official(network, state_dict)
     own = network.state_dict()
@@ -109,11 +108,11 @@ def matched(
 
 
 def fits(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor has the shape of one's own, and real numbers where that has them."""
+    """Return whether `tensor` has the shape of `own`, and real numbers where `own` has them."""
     real = tensor.is_floating_point() or not (own.is_floating_point() or tensor.is_complex())
     return tensor.shape == own.shape and real
 
 
 def _kind(tensor: Tensor) -> str:
-    """Type and shape, in words."""
+    """Return type and shape in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

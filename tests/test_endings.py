@@ -521,10 +521,10 @@ def test_a_signal_while_the_first_step_compiles_ends_at_once(monkeypatch):
     monkeypatch.setattr("engine.signals.os._exit", ends.append)
     monkeypatch.setattr("engine.signals.os.write", lambda *_: 0)
     interrupts = Interrupts()
-    with interrupts.held(at_once=False):
+    with interrupts.deferred(at_once=False):
         interrupts.handle(signal.SIGTERM)
         assert (ends, interrupts.asked) == ([143], None)
-        interrupts.hold()
+        interrupts.defer()
         interrupts.handle(signal.SIGTERM)
         assert (ends, interrupts.asked) == ([143], signal.SIGTERM)
 
