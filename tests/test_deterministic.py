@@ -84,7 +84,9 @@ def test_threads_that_decode_images_do_not_matter(here, monkeypatch):
     (here / "test").symlink_to(here / "train")
     found = []
     for threads in (1, 7):
-        monkeypatch.setattr(dataloaders.os, "cpu_count", lambda n=threads: n)
+        monkeypatch.setattr(
+            dataloaders.os, "sched_getaffinity", lambda _, n=threads: range(n), raising=False
+        )
         found.append(dataloaders.load_dataset("folder", here, 8))
     assert torch.equal(found[0].train.images, found[1].train.images)
     assert torch.equal(found[0].train.targets, found[1].train.targets)
