@@ -1,20 +1,18 @@
-"""Cuts chosen by what modules take: the smallest largest peak, or the fewest modules that fit.
+"""Cuts chosen by predicted memory: the smallest peak of K modules, or the fewest modules that fit.
 
-What a module takes adds up: what each unit keeps for the backward, what one unit's backward needs
-for a moment on top, and the same for heads and context supply. `Costs` meters each part once, on
-fake tensors (see planner.py); after that any cuts are a sum away. What the search finds is metered
-as a whole before anyone relies on it.
+The memory of a module is a sum of parts: what each unit keeps for the backward, what one unit's
+backward needs on top for a moment, and the same for heads and context supply. `Costs` meters each
+part once, on tensors without data (planning/plan.py), so any cuts are a sum away. `Search` finds
+the best ones, and they are metered as a network before a run relies on them.
 """
 
 import contextlib
 import copy
-import math
 from collections.abc import Hashable, Iterator, Sequence
-from functools import partial, reduce
-from itertools import accumulate
-from operator import or_
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,38 +30,42 @@ Shape = tuple[int, int]
 IMAGE_CHANNELS = 3
 
 # ---------------------------------------------------------------------------------------------
-# What the parts take, in bytes
+# Memory of the parts, in bytes
 
 
-class UnitCost(NamedTuple):
-    """A unit's output; all that its forward leaves (the output included) and all that is alive at
-    the peak of its backward, inside a module and as its last unit; its parameters.
+class UnitCosts(NamedTuple):
+    """Of each unit: bytes of its output and its parameters; of its forward and its backward.
 
-    As the last unit it is not recomputed, and its output stays: the next module waits for it.
+    `kept` is all that the forward leaves, the output included. `backward` is all that is alive at
+    the peak of the backward. The last unit of a module is not recomputed, and its output stays for
+    the next module, so it has other numbers than those inside.
     """
 
-    output: int
-    kept: int
-    backward: int
-    kept_last: int
-    backward_last: int
-    parameters: int
+    output: np.ndarray
+    parameters: np.ndarray
+    kept: np.ndarray
+    backward: np.ndarray
+    kept_last: np.ndarray
+    backward_last: np.ndarray
 
 
-class HeadCost(NamedTuple):
-    """A head's, with its decoder: peak of forward and backward; its output, which stays until the
-    step is done; parameters; all that it owns.
+class HeadCosts(NamedTuple):
+    """Of heads with their decoders: peak of forward and backward; output, which stays for the step.
+
+    `fixed` are weights, momentum and statistics. Each is a number, or an array of several heads'.
     """
 
-    peak: int
-    output: int
-    parameters: int
-    fixed: int
+    peak: Any
+    output: Any
+    parameters: Any
+    fixed: Any
 
 
 class SupplyCost(NamedTuple):
-    """A context supply's: peak of the forward; what that leaves (what enters the module included);
-    peak of the backward on top of what is alive when it starts; all that it owns.
+    """Of a context supply: peak of the forward, and what it leaves (the module's input included).
+
+    `backward` is the peak of the backward beyond what is alive when it starts. `fixed` are weights,
+    momentum and statistics.
     """
 
     forward: int = 0
@@ -72,23 +74,14 @@ class SupplyCost(NamedTuple):
     fixed: int = 0
 
 
-class Candidate(NamedTuple):
-    """A module of the units up to, and without, `end`: its peak beyond what is alive all the time,
-    which is the batch and every module's weights, momentum and statistics; of the latter, `fixed`
-    are those of its head and context supply.
-    """
-
-    end: int
-    peak: int
-    fixed: int
-
-
 class Costs:
-    """What the parts of a net take with one batch size, and so what modules made of them take.
+    """Memory of a network's parts for one batch size, and from it the memory of any modules.
 
     Args:
         arguments: of `build_network`; number of modules and cuts do not matter.
         batch_size: samples a step.
+    Attributes:
+        kept: [units + 1], bytes that the forward of all units before one leaves.
     """
 
     def __init__(self, arguments: dict[str, Any], batch_size: int) -> None:
@@ -99,83 +92,91 @@ class Costs:
             (all_units,) = build_network(**arguments | END_TO_END).local_modules
             self.units, self.shapes = unit_costs(all_units, images, arguments["recompute"])
             self.names = all_units.unit_names
-            self.last_head = head_cost(all_units, self.shapes[-1], images, targets)
-            self.heads = {}
+            by_shape = {}
             for module in self._one_of_each_stage():
                 shape = self.shapes[self.names.index(module.unit_names[-1])]
-                self.heads[shape] = head_cost(module, shape, images, targets)
+                by_shape[shape] = head_costs(module, shape, images, targets)
+            heads = [by_shape[shape] for shape in self.shapes[:-1]]
+            heads.append(head_costs(all_units, self.shapes[-1], images, targets))
+        self.heads = HeadCosts(*np.array(heads, dtype=float).T)
         self.image: Shape = tuple(images.shape[1:3])
-        self.batch = images.nbytes + targets.nbytes
-        self.batch += images.nbytes if arguments["h_reconstruct"] else 0
-        self.units_fixed = fixed_bytes(all_units.units)
-        self.kept = [0, *accumulate(unit.kept for unit in self.units)]
-        self.gradients = [0, *accumulate(unit.parameters for unit in self.units)]
+        self.fixed = images.nbytes * (1 + arguments["h_reconstruct"]) + targets.nbytes
+        self.fixed += fixed_bytes(all_units.units)
+        self.kept = np.concatenate([[0], np.cumsum(self.units.kept)])
         self._supplies: dict[tuple, SupplyCost] = {}
 
     def _one_of_each_stage(self) -> list[LocalModule]:
-        """Modules with auxiliary heads, one ending in each stage."""
+        """Return modules with auxiliary heads, one ending in each stage."""
         cuts = [name for name in ((0, 0), (2, 0), (3, 0)) if name in self.names[:-1]]
         changed = {"cuts": cuts, "local_module_num": len(cuts) + 1, "context_mode": "R0"}
         if self.arguments["h_reconstruct"]:
             changed["loss_scale"] = (1, 1, 1, 1)
         return list(build_network(**self.arguments | changed).local_modules)[:-1]
 
-    def features(self, shape: Shape) -> int:
-        """Of float32 features (N, C, S, S)."""
-        return _bytes(self.batch_size, shape)
+    @cached_property
+    def search(self) -> "Search":
+        """The search for cuts."""
+        return Search(self)
 
     def supply(self, shape: Shape, sources: dict[str, Shape]) -> SupplyCost:
-        """Of what supplies features with contexts; R0 and module 0 have no sources."""
+        """Return the cost of supplying features with contexts; R0 has no sources."""
         key = (shape, *sources.items())
         if key not in self._supplies:
             with FakeTensorMode():
                 self._supplies[key] = supply_cost(self.arguments, self.batch_size, shape, sources)
         return self._supplies[key]
 
-    def module_ends(self, start: int, window: Contexts[Shape]) -> Iterator[Candidate]:
-        """Every module that may start with unit `start`, the shortest first."""
+    def modules_from(self, start: int, window: Contexts[Shape]) -> tuple[np.ndarray, np.ndarray]:
+        """Return two numbers of every module that may begin with unit `start`, the shortest first.
+
+        The first is its peak beyond what is alive all the time, which is the batch and every
+        module's weights, momentum and statistics. The second is what of those its head and its
+        context supply have.
+        """
         supply = SupplyCost()
-        held = at_start = at_end = stays = 0
+        contexts = at_start = at_end = 0
         if start:
             sources, entry = window.named(), self.shapes[start - 1]
+            entry_bytes = feature_bytes(self.batch_size, entry)
             supply = self.supply(entry, sources)
-            # The image counts with the batch. What enters stays if it is a context later on.
-            held = sum(self.features(s) for s in sources.values() if s != self.image)
-            at_start = held + self.features(entry) + supply.forward
-            stays = self.features(entry) if self.mode.recent else 0
-            at_end = held + stays + supply.kept + supply.backward
-        inside = -math.inf
-        for end in range(start + 1, len(self.units) + 1):
-            unit = self.units[end - 1]
-            head = self.heads[self.shapes[end - 1]] if end < len(self.units) else self.last_head
-            before = held + supply.kept + self.kept[end - 1] - self.kept[start]
-            later = head.output + head.parameters + self.gradients[end]
-            peak = max(
-                at_start,
-                before + unit.kept_last + head.peak,
-                before + unit.backward_last + head.output + head.parameters,
-                inside + unit.output + later,
-                at_end + unit.output + later - self.gradients[start],
+            # The image counts with the batch.
+            contexts = sum(
+                feature_bytes(self.batch_size, s) for s in sources.values() if s != self.image
             )
-            yield Candidate(end, peak, supply.fixed + head.fixed)
-            inside = max(inside, before + unit.backward - self.gradients[end])
+            at_start = contexts + entry_bytes + supply.forward
+            at_end = contexts + supply.kept + supply.backward
+            at_end += entry_bytes if self.mode.recent else 0  # it is a context of later modules
+        units = UnitCosts(*(column[start:] for column in self.units))
+        heads = HeadCosts(*(column[start:] for column in self.heads))
+        before = contexts + supply.kept + np.cumsum(units.kept) - units.kept
+        gradients = np.cumsum(units.parameters)
+        head = heads.output + heads.parameters
+        # The backward of the last unit, of one inside, and that of the supply.
+        inside = np.maximum.accumulate(before + units.backward - gradients)
+        inside = np.concatenate([[-np.inf], inside[:-1]])
+        peaks = [
+            before + units.kept_last + heads.peak,
+            before + units.backward_last + head,
+            np.maximum(inside, at_end) + gradients + units.output + head,
+        ]
+        return np.maximum(reduce(np.maximum, peaks), at_start), heads.fixed + supply.fixed
 
     def cuts(self, ends: Sequence[int]) -> list[Cut]:
-        """The cuts behind modules that end before unit ends[0], ends[1], ..."""
+        """Return the cuts between modules that end before unit ends[0], ends[1], ..."""
         return [self.names[end - 1] for end in ends[:-1]]
 
     def ends(self, cuts: Sequence[Cut]) -> list[int]:
-        """Where the modules between some cuts end."""
-        return [*(self.names.index(tuple(cut)) + 1 for cut in cuts), len(self.units)]
+        """Return where the modules between some cuts end."""
+        return [*(self.names.index(tuple(cut)) + 1 for cut in cuts), len(self.names)]
 
     def peaks(self, ends: Sequence[int]) -> list[int]:
-        """Of the modules that end before unit ends[0], ends[1], ..., everything counted."""
+        """Return the peaks of modules that end before unit ends[0], ..., everything counted."""
         window, start = Contexts(self.mode, self.image), 0
-        peaks, fixed = [], self.batch + self.units_fixed
+        peaks, fixed = [], self.fixed
         for end in ends:
-            (module,) = (m for m in self.module_ends(start, window) if m.end == end)
-            peaks.append(module.peak)
-            fixed += module.fixed
+            peaks_from, fixed_from = self.modules_from(start, window)
+            peaks.append(int(peaks_from[end - start - 1]))
+            fixed += int(fixed_from[end - start - 1])
             if start:
                 window.push(self.shapes[start - 1])
             start = end
@@ -184,30 +185,30 @@ class Costs:
 
 def unit_costs(
     module: LocalModule, images: Tensor, recompute: bool
-) -> tuple[list[UnitCost], list[Shape]]:
-    """Of the units of a module that is a whole net, and the shapes that they give out."""
+) -> tuple[UnitCosts, list[Shape]]:
+    """Return the costs of the units of a module that is a whole net, and their outputs' shapes."""
     kept, backward, shapes = _meter_units(module, images, recompute)
     kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
-    outputs = [_bytes(len(images), shape) for shape in shapes]
-    parameters = map(parameter_bytes, module.units)
-    columns = outputs, kept, backward, kept_last, backward_last, parameters
-    return list(map(UnitCost, *columns)), shapes
+    outputs = [feature_bytes(len(images), shape) for shape in shapes]
+    parameters = [parameter_bytes(unit) for unit in module.units]
+    columns = outputs, parameters, kept, backward, kept_last, backward_last
+    return UnitCosts(*np.array(columns, dtype=float)), shapes
 
 
 def _meter_units(
     module: LocalModule, images: Tensor, recompute: bool = False, outputs_stay: bool = False
 ) -> tuple[list[int], list[int], list[Shape]]:
-    """Of each unit: bytes that its forward leaves, peak of its backward, shape of its output.
+    """Return for each unit the bytes that its forward leaves, its backward's peak, output's shape.
 
     The peak is beyond what was alive before the forward, what earlier units keep and the gradients
-    of later ones' parameters; outputs of later ones do not count even if all outputs stay.
+    of later units' parameters. Outputs of later units do not count, even if all outputs stay.
     """
     kept, shapes, stay = [], [], []
     peaks = [0] * len(module.units)
     with LiveBytes([*module.parameters(), *module.buffers(), images]) as meter:
 
-        def is_through(index: int, gradient: Tensor | None = None) -> None:
-            """The backward of a unit (or, with the index after the last one, of the head)."""
+        def backward_ends(index: int, gradient: Tensor | None = None) -> None:
+            """Take the peak of a unit's backward; the index after the last one is the head's."""
             if index < len(peaks):
                 peaks[index] = meter.peak
             meter.peak = meter.live
@@ -218,13 +219,13 @@ def _meter_units(
             h = keep_input_only(unit, h) if recompute else unit(h)
             kept.append(meter.live - before)
             shapes.append(tuple(h.shape[1:3]))
-            h.register_hook(partial(is_through, index + 1))
+            h.register_hook(partial(backward_ends, index + 1))
             if outputs_stay:
                 stay.append(h)
         loss = module.head(h).sum()
         del h
         loss.backward()
-        is_through(0)
+        backward_ends(0)
     later = sum(p.nbytes for p in module.head.parameters()) + start
     for index in reversed(range(len(peaks))):
         peaks[index] -= later + sum(kept[:index])
@@ -234,8 +235,8 @@ def _meter_units(
     return kept, peaks, shapes
 
 
-def head_cost(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCost:
-    """Of the head and the decoder on features (N, C, S, S)."""
+def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCosts:
+    """Return the costs of the module's head and decoder on features (N, C, S, S)."""
     h_out = torch.empty(len(images), shape[0], shape[1], shape[1], requires_grad=True)
     owned = nn.ModuleList(m for m in (module.head, module.decoder) if m is not None)
     with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
@@ -243,13 +244,13 @@ def head_cost(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor
         loss, output = module.loss(h_out, targets, images)
         loss.backward()
     peak = meter.peak - before
-    return HeadCost(peak, output.nbytes, parameter_bytes(owned), fixed_bytes(owned))
+    return HeadCosts(peak, output.nbytes, parameter_bytes(owned), fixed_bytes(owned))
 
 
 def supply_cost(
     arguments: dict[str, Any], batch_size: int, shape: Shape, sources: dict[str, Shape]
 ) -> SupplyCost:
-    """Of the supply of features of one shape with contexts of others."""
+    """Return the cost of supplying features of one shape with contexts of others."""
 
     def features(shape: Shape) -> Tensor:
         return torch.empty(batch_size, shape[0], shape[1], shape[1])
@@ -266,35 +267,36 @@ def supply_cost(
         before = meter.live
         h_in = supply(h, contexts)
         forward, kept = meter.peak - before, meter.live - before
-        # The oldest falls out of the window, so only autograd holds it now; an image stays.
+        # The oldest falls out of the window, so only autograd keeps it now; an image stays.
         oldest = f"recent_{ContextMode.parse(arguments['context_mode']).recent - 1}"
         if channels.get(oldest, IMAGE_CHANNELS) != IMAGE_CHANNELS:
             del contexts[oldest]
-        begun = []
+        at_start = []
 
-        def begins(gradient: Tensor) -> None:
-            begun.append(meter.live)
+        def backward_starts(gradient: Tensor) -> None:
+            at_start.append(meter.live)
             meter.peak = meter.live
 
-        h_in.register_hook(begins)
-        # Through an operation, so that nobody but autograd holds the gradient of h_in.
+        h_in.register_hook(backward_starts)
+        # Through an operation, so that only autograd keeps the gradient of h_in.
         (h_in * 1).backward(torch.empty_like(h_in))
-    backward = meter.peak - begun[0]
+    backward = meter.peak - at_start[0]
     return SupplyCost(forward, kept, backward, fixed_bytes(supply))
 
 
-def _bytes(batch_size: int, shape: Shape) -> int:
+def feature_bytes(batch_size: int, shape: Shape) -> int:
+    """Return the bytes of float32 features (N, C, S, S)."""
     channels, side = shape
     return 4 * batch_size * channels * side * side
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Of all parameters."""
+    """Return the bytes of all parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def fixed_bytes(module: nn.Module) -> int:
-    """Weights, momentum and statistics."""
+    """Return the bytes of weights, momentum and statistics."""
     return 2 * parameter_bytes(module) + sum(b.nbytes for b in module.buffers())
 
 
@@ -302,98 +304,78 @@ def fixed_bytes(module: nn.Module) -> int:
 # The search, on the sums
 
 
-class Reached:
-    """That the units before some one can be modules within a limit, with some window after them.
+class Search:
+    """The smallest peak of modules that make up the net, for each number of modules.
+
+    A dynamic programme over the units before a boundary, the number of modules made of them, and
+    the window of contexts after them. Weights, momentum, statistics and the batch are left out, so
+    cuts whose heads have fewer weights may be better by some of their bytes.
 
     Attributes:
-        window: the contexts on offer to what follows.
-        counts: bit k is set if k modules can do it.
-        before: (start of the last of these modules, key of what was reached before it).
+        peaks: [modules], bytes; infinite where there are more modules than units.
     """
 
-    def __init__(self, window: Contexts[Shape], counts: int = 0) -> None:
-        self.window, self.counts = window, counts
-        self.before: list[tuple[int, Hashable]] = []
+    def __init__(self, costs: Costs) -> None:
+        self.kept = costs.kept
+        count = len(costs.names)
+        window = Contexts(costs.mode, costs.image)
+        windows = {_key(window): window}
+        # By window: smallest largest peak [units before, modules]; and the modules before it.
+        self._smallest = {key: np.full((count + 1, count + 1), np.inf) for key in windows}
+        self._smallest[_key(window)][0, 0] = 0
+        self._modules: dict[Hashable, list[tuple[int, Hashable, np.ndarray]]] = {}
+        for start in range(count):
+            for key in [key for key in windows if np.isfinite(self._smallest[key][start]).any()]:
+                peaks, _ = costs.modules_from(start, windows[key])
+                after = copy.deepcopy(windows[key])
+                if start:
+                    after.push(costs.shapes[start - 1])
+                after_key = _key(after)
+                if after_key not in windows:
+                    windows[after_key] = after
+                    self._smallest[after_key] = np.full((count + 1, count + 1), np.inf)
+                self._modules.setdefault(after_key, []).append((start, key, peaks))
+                largest = np.maximum(self._smallest[key][start, :-1], peaks[:, None])
+                smallest = self._smallest[after_key][start + 1 :, 1:]
+                np.minimum(smallest, largest, out=smallest)
+        self.peaks = np.min([smallest[-1] for smallest in self._smallest.values()], axis=0)
+
+    def ends(self, count: int) -> list[int]:
+        """Return where `count` modules with the smallest peak end; as even as it lets them be."""
+        limit, end, ends = self.peaks[count], len(self.kept) - 1, []
+        key = next(key for key, s in self._smallest.items() if s[-1, count] <= limit)
+        while end:
+            ends.append(end)
+            count -= 1
+            even = self.kept[end] * count / (count + 1)
+            starts = [
+                (start, before)
+                for start, before, peaks in self._modules[key]
+                if start < end
+                and peaks[end - start - 1] <= limit
+                and self._smallest[before][start, count] <= limit
+            ]
+            end, key = min(starts, key=lambda found: abs(self.kept[found[0]] - even))
+        return ends[::-1]
 
 
-def reach(costs: Costs, limit: int) -> list[dict[Hashable, Reached]]:
-    """What can be reached before each unit, and at the end, by modules within `limit` bytes.
-
-    Weights, momentum, statistics and the batch do not count.
-    """
-    reached: list[dict[Hashable, Reached]] = [{} for _ in range(len(costs.units) + 1)]
-    reached[0][()] = Reached(Contexts(costs.mode, costs.image), counts=1)
-    for start in range(len(costs.units)):
-        for key, here in reached[start].items():
-            window = copy.deepcopy(here.window)
-            if start:
-                window.push(costs.shapes[start - 1])
-            new_key = tuple(window.named().items())
-            for module in costs.module_ends(start, here.window):
-                if module.peak <= limit:
-                    there = reached[module.end].setdefault(new_key, Reached(window))
-                    there.counts |= here.counts << 1
-                    there.before.append((start, key))
-                elif costs.kept[module.end] - costs.kept[start] > limit:
-                    break
-    return reached
-
-
-def counts_within(reached: list[dict[Hashable, Reached]]) -> int:
-    """Bit k is set if k modules make up the whole net."""
-    return reduce(or_, (r.counts for r in reached[-1].values()), 0)
-
-
-def tightest(costs: Costs, wanted: int) -> list[int]:
-    """Ends of modules whose largest peak is as small as it can be.
-
-    Their number is one whose bit is set in `wanted`, the smallest of these that is possible; some
-    bit from 1 to the number of units has to be.
-    Weights do not count, so that cuts with smaller heads may be some of their bytes better.
-    """
-    low, high = 0, max(costs.peaks([len(costs.units)]))
-    # With plain encoders or many contexts, modules can take more than the net as one.
-    while not counts_within(reach(costs, high)) & wanted:
-        low, high = high, 2 * high
-    while high - low > 1024:
-        middle = (low + high) // 2
-        fits = counts_within(reach(costs, middle)) & wanted
-        low, high = (low, middle) if fits else (middle, high)
-    reached = reach(costs, high)
-    possible = counts_within(reached) & wanted
-    return _way_back(costs, reached, (possible & -possible).bit_length() - 1)
-
-
-def _way_back(costs: Costs, reached: list[dict[Hashable, Reached]], count: int) -> list[int]:
-    """Ends of `count` modules from what was reached; as even as the limit lets them be."""
-    end = len(costs.units)
-    here = next(r for r in reached[end].values() if r.counts >> count & 1)
-    ends = []
-    while end:
-        ends.append(end)
-        count -= 1
-        fair = costs.kept[end] * count / (count + 1)
-        start, key = min(
-            (b for b in here.before if reached[b[0]][b[1]].counts >> count & 1),
-            key=lambda before: abs(costs.kept[before[0]] - fair),
-        )
-        end, here = start, reached[start][key]
-    return ends[::-1]
+def _key(window: Contexts[Shape]) -> Hashable:
+    return tuple(window.named().items())
 
 
 # ---------------------------------------------------------------------------------------------
-# The choice, checked by metering the whole
+# The choice, checked by metering the network
 
 
 class Partition(NamedTuple):
-    """Cuts, and the metered peak of a training step with them in bytes."""
+    """Cuts, and the metered peak of a training step with them, in bytes."""
 
     cuts: list[Cut]
     peak: int
 
 
 def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
-    """The K-1 cuts with the smallest peak, K = `local_module_num` of the arguments.
+    """Return the K-1 cuts with the smallest peak, K = `local_module_num` of the arguments.
 
     Equal layers and the published balanced cuts are tried too, and win where they are as good.
     All is in float32, whatever `amp` says.
@@ -404,13 +386,13 @@ def smallest_peak(arguments: dict[str, Any], batch_size: int) -> Partition:
     with contextlib.suppress(InputError):  # where none are published
         candidates.append(choose_cuts(arguments["layers"], K, arguments["dataset"], True))
     costs = Costs(arguments, batch_size)
-    candidates.append(costs.cuts(tightest(costs, wanted=1 << K)))
+    candidates.append(costs.cuts(costs.search.ends(K)))
     tried = [Partition(cuts, metered_peak(arguments, batch_size, cuts)) for cuts in candidates]
     return min(tried, key=lambda partition: partition.peak)
 
 
 def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget: int) -> Partition:
-    """The cuts of the fewest modules whose peak is at most `budget` bytes.
+    """Return the cuts of the fewest modules whose peak is at most `budget` bytes.
 
     Args:
         arguments: of `build_network`; `local_module_num` does not matter, and `amp` is off.
@@ -431,26 +413,21 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
 
 
 def _cuts_that_may_fit(costs: Costs, kind: str, budget: int) -> Iterator[list[Cut]]:
-    """Cuts that fit the budget by the sum of the parts, of the fewest modules first."""
-    if kind == "auto":
-        possible = counts_within(reach(costs, budget - costs.batch - costs.units_fixed))
+    """Yield cuts that fit the budget by the sum of the parts, of the fewest modules first."""
     for K in _allowed(costs, kind):
-        if kind == "auto":
-            if not possible >> K & 1:
-                continue
-            ends = tightest(costs, wanted=1 << K)
-        else:
-            ends = costs.ends(_listed_cuts(costs, kind, K))
+        if kind == "auto" and costs.search.peaks[K] > budget - costs.fixed:
+            continue
+        ends = _ends(costs, kind, K)
         if max(costs.peaks(ends)) <= budget:
             yield costs.cuts(ends)
 
 
 def _allowed(costs: Costs, kind: str) -> list[int]:
-    """Numbers of modules that there are with this context mode, decoder and kind of cuts.
+    """Return the numbers of modules that context mode, decoder and kind of cuts allow.
 
-    InputError if there is none.
+    Raises InputError if there is none.
     """
-    a, count, allowed = costs.arguments, len(costs.units), []
+    a, count, allowed = costs.arguments, len(costs.names), []
     why_not = InputError(
         f"context_mode {a['context_mode']} asks for {costs.mode.recent} module inputs, but "
         f"ResNet-{a['layers']} has {count} units"
@@ -460,7 +437,7 @@ def _allowed(costs: Costs, kind: str) -> list[int]:
             if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
                 published_loss_scale(a["layers"], K, a["dataset"], kind == "balanced")
             if kind != "auto":
-                _listed_cuts(costs, kind, K)
+                _ends(costs, kind, K)
             allowed.append(K)
         except InputError as error:
             why_not = error
@@ -469,13 +446,15 @@ def _allowed(costs: Costs, kind: str) -> list[int]:
     return allowed
 
 
-def _listed_cuts(costs: Costs, kind: str, K: int) -> list[Cut]:
+def _ends(costs: Costs, kind: str, K: int) -> list[int]:
+    if kind == "auto":
+        return costs.search.ends(K)
     a = costs.arguments
-    return choose_cuts(a["layers"], K, a["dataset"], kind == "balanced")
+    return costs.ends(choose_cuts(a["layers"], K, a["dataset"], kind == "balanced"))
 
 
 def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
-    """One sentence: that nothing fits, the smallest peak there is, and what would fit."""
+    """Return a sentence: nothing fits, the smallest peak that there is, and what would fit."""
     a, batch_size = costs.arguments, costs.batch_size
     peak, K = _least(costs, kind)
     message = (
@@ -498,26 +477,23 @@ def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
 
 
 def _least(costs: Costs, kind: str) -> tuple[int, int]:
-    """The smallest peak of all numbers of modules, and that number."""
-    if kind == "auto":
-        allowed = _allowed(costs, kind)
-        ends = tightest(costs, wanted=sum(1 << K for K in allowed))
-        peak = max(costs.peaks(ends))
-        # Modules own weights, which tightest leaves out: fewer modules may take less in all.
-        while fewer := [K for K in allowed if len(ends) >= 2 * K]:
-            other = tightest(costs, wanted=1 << fewer[-1])
-            if max(costs.peaks(other)) >= peak:
-                break
-            ends, peak = other, max(costs.peaks(other))
-        return peak, len(ends)
-    return min(
-        (max(costs.peaks(costs.ends(_listed_cuts(costs, kind, K)))), K)
-        for K in _allowed(costs, kind)
-    )
+    """Return the smallest peak of all numbers of modules, and that number."""
+    allowed = _allowed(costs, kind)
+    if kind != "auto":
+        return min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
+    K = min(allowed, key=lambda K: costs.search.peaks[K])
+    peak = max(costs.peaks(costs.search.ends(K)))
+    # Heads have weights, which the search leaves out: fewer modules may take less in all.
+    while fewer := [k for k in allowed if 2 * k <= K]:
+        other = max(costs.peaks(costs.search.ends(fewer[-1])))
+        if other >= peak:
+            break
+        peak, K = other, fewer[-1]
+    return peak, K
 
 
 def metered_peak(arguments: dict[str, Any], batch_size: int, cuts: list[Cut]) -> int:
-    """Peak of a training step with these cuts, in bytes."""
+    """Return the peak of a training step with these cuts, in bytes."""
     with FakeTensorMode():
         network = build_network(**arguments | {"cuts": cuts, "local_module_num": len(cuts) + 1})
         return max(step_peaks(network, *fake_batch(arguments, batch_size)))
