@@ -3,24 +3,26 @@
 Nothing here depends on torch. Every table is followed by the one function that reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 Cut = tuple[int, int]
 """[stage, block] of the unit that a cut lies right after; the stem is (0, 0)."""
 
 
 class InputError(ValueError):
-    """Something the user asked for or handed in is wrong; the message says what would be right."""
+    """An option, file or data set of the user's that is wrong; the message says what is right."""
 
 
 def one_line(error: Exception | str) -> str:
-    """What an exception says, on one line."""
+    """Return an exception's message on one line."""
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """`text` on one line that any terminal takes: names of files may hold whatever they like."""
+    """Return text on one line, with unprintable characters (of file names, say) escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -30,12 +32,18 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What training needs to know of a data set.
+    """A data set's constants (README, "Data").
 
-    `mean` and `std` are per channel, in pixels of 0..255. `pad` pixels are added on each side,
-    by reflection or in black, before the random crop back to `image_size`. `classes` is None
-    where the images on disk decide it. `batch_size` and `lr` are the published defaults.
-    `per_class` is the number of training images of each class; None as for `classes`.
+    Attributes:
+        classes: number of classes; None where the images on disk decide it.
+        image_size: side in pixels.
+        mean, std: per channel, in pixels of 0..255.
+        pad: pixels added on each side before the random crop back to `image_size`.
+        reflect: whether they are reflected, or else black.
+        flip: whether training images are mirrored at random.
+        batch_size, lr: the published defaults.
+        per_class: number of training images of each class, for plans; None if it is not known.
+        read: folder -> `dataloaders.ImageData`; None where `dataloaders.READERS` has it.
     """
 
     classes: int | None
@@ -47,7 +55,8 @@ class DatasetConfig:
     flip: bool
     batch_size: int
     lr: float
-    per_class: tuple[int, ...] | None
+    per_class: tuple[int, ...] | None = None
+    read: Callable[[Path], Any] | None = None
 
 
 CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
@@ -105,7 +114,7 @@ BALANCED_CUTS: dict[tuple[int, str, int], list[Cut]] = {
 
 
 def blocks_per_stage(layers: int) -> int:
-    """n of a ResNet of depth `layers` = 6n+2.
+    """Return n of a ResNet of depth `layers` = 6n+2.
 
     Raises InputError if no whole n >= 1 gives this depth.
     """
@@ -117,13 +126,13 @@ def blocks_per_stage(layers: int) -> int:
 
 
 def unit_names(layers: int) -> list[Cut]:
-    """[stage, block] of the 3n+1 units of a ResNet, the stem (0, 0) first."""
+    """Return [stage, block] of the 3n+1 units of a ResNet, the stem (0, 0) first."""
     n = blocks_per_stage(layers)
     return [(0, 0)] + [(stage, block) for stage in (1, 2, 3) for block in range(n)]
 
 
 def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False) -> list[Cut]:
-    """The K-1 cuts of a ResNet, each named by the unit that it lies right after.
+    """Return the K-1 cuts of a ResNet, each named by the unit that it lies right after.
 
     Balanced cuts are the published ones. Equal ones that are not published are computed: of U
     units, cut i = 1 .. K-1 lies after unit floor(U*i/K), counted from 1.
@@ -149,13 +158,13 @@ def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False
 
 
 def balanced_cuts_are_equal(layers: int, K: int | None, dataset: str) -> bool:
-    """Whether balanced cuts are published for this net, and are its equal ones."""
+    """Return whether balanced cuts are published for this net and equal its equal ones."""
     balanced = BALANCED_CUTS.get((layers, _dataset_with_tables(dataset), K))
     return balanced is not None and balanced == EQUAL_CUTS.get((layers, K))
 
 
 def check_cuts(cuts: Sequence[Cut], layers: int, K: int) -> None:
-    """InputError unless these are K-1 units of a ResNet, in order and without its last."""
+    """Raise InputError unless these are K-1 units of a ResNet, in order and without its last."""
     units = unit_names(layers)
     _check_module_num(K, layers)
     if not isinstance(cuts, Sequence) or len(cuts) != K - 1:
@@ -204,7 +213,7 @@ BALANCED_LOSS_SCALES: dict[tuple[int, str], dict[int, Scale]] = {
 
 
 def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: bool = False) -> Scale:
-    """The published (ixx_1, ixy_1, ixx_2, ixy_2) of a net that trains with decoders.
+    """Return the published (ixx_1, ixy_1, ixx_2, ixy_2) of a net that trains with decoders.
 
     Raises InputError if the paper has no row for it.
     """
@@ -224,10 +233,10 @@ def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: boo
 
 
 def loss_weights(scale: Scale, index: int, K: int) -> tuple[float, float]:
-    """(lx, ly), the weights of reconstruction and task loss of module `index` = 0 .. K-2.
+    """Return (lx, ly), weights of reconstruction and task loss of module `index` = 0 .. K-2.
 
     They go linearly from (ixx_1, ixy_1) at the first module to (ixx_2, ixy_2) at the last that
-    has a decoder (README, equation 7; with K = 2 there is but the first).
+    has a decoder (README, equation 7); with K = 2 there is only the first.
     """
     ixx_1, ixy_1, ixx_2, ixy_2 = scale
     r = index / (K - 2) if K > 2 else 0.0

@@ -71,7 +71,8 @@ def load_dataset(
     if name == "folder":
         return _folder(data_dir, image_size, limit_per_class, test_only)
     check_image_size(name, image_size)
-    data = READERS[name](data_dir)
+    read = DATASETS[name].read or READERS[name]
+    data = read(data_dir)
     kept = first_of_each_class(data.train.targets, limit_per_class)
     return data._replace(train=Split(data.train.images[kept], data.train.targets[kept]))
 
@@ -181,7 +182,7 @@ READERS: dict[str, Callable[[Path], ImageData]] = {
     "digits": _digits,
     **{name: partial(_download, name) for name in ("cifar10", "cifar100", "svhn", "stl10")},
 }
-"""Data set -> function that reads it from a folder; `folder` has more arguments."""
+"""Data set -> function that reads it from a folder, unless its entry in DATASETS has one."""
 
 
 # ---------------------------------------------------------------------------------------------
