@@ -1,7 +1,7 @@
 """How much memory a training step takes, in bytes.
 
-On CUDA the allocator counts. Elsewhere no public counter exists; `LiveBytes` watches every
-operation instead and adds up the tensor storages that are alive.
+On CUDA the allocator counts. Elsewhere PyTorch has no public counter, so `LiveBytes` watches every
+operation and adds up the tensor storages that are alive.
 """
 
 import ctypes
@@ -21,14 +21,14 @@ MIB, GIB = 2**20, 2**30
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensor storage alive at once while the mode is on.
+    """Counter of the bytes of tensor storage that are alive while the mode is on.
 
     A storage counts once, however many tensors view it, from the operation that made it until it
-    dies, saved tensors of autograd included. Scratch memory inside an operation does not count.
+    is freed. What autograd saves counts; scratch memory inside an operation does not.
 
     Args:
-        tensors: what is alive already (weights, momentum, the batch). Other tensors made before
-            count from the first operation that returns them.
+        tensors: what is alive already (weights, momentum, the batch). Any other tensor made before
+            counts from the first operation that returns it.
     Attributes:
         live: bytes alive now.
         peak: the most so far.
@@ -57,19 +57,19 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        self._known[key] = weakref.finalize(storage, self._died, key, size)
+        self._known[key] = weakref.finalize(storage, self._freed, key, size)
         self._known[key].atexit = False
 
-    def _died(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         del self._known[key]
         self.live -= size
 
 
 class AllocatedBytes:
-    """The most bytes that the CPU allocator had given out at once, as PyTorch's profiler saw it.
+    """The most bytes that the CPU allocator had given out at once, from PyTorch's profiler.
 
-    For compiled code, whose allocations no dispatch mode sees. What an operation allocates while
-    it runs counts too.
+    It is for compiled code, whose allocations no dispatch mode sees. Scratch memory inside an
+    operation counts, too.
 
     Args:
         tensors: what is allocated already.
@@ -80,7 +80,7 @@ class AllocatedBytes:
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         self.before = self.peak = sum(storages.values())
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of each start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log each start and stop
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> "AllocatedBytes":
@@ -96,57 +96,54 @@ class AllocatedBytes:
 
 
 class PeakMemory:
-    """The peak of a run's training steps, by the means that the device has.
+    """Meter of the peak memory of a run's training steps.
 
-    On CUDA each step is watched, by the allocator's own counter. Elsewhere the first `steps` of the
-    largest batch are, by `LiveBytes`. Of compiled steps they are as many after its first, by
-    `AllocatedBytes`: compiling allocates too, so the first counts only until there is a second.
+    On CUDA the allocator's counter watches every step. Elsewhere `LiveBytes` watches the first
+    `steps` of the largest batch. Of compiled steps `AllocatedBytes` watches one more: compiling
+    allocates, so the first counts only until there is a second.
 
     Args:
         device: where the steps run.
-        compiled: whether they do compiled.
-        apart: bytes of the data set that are on the device, and are not to be counted.
-        steps: how many there are before they all take the same, uncompiled.
+        compiled: whether they run compiled.
+        apart: bytes of the data set on the device, which do not count.
+        steps: how many eager steps there are until a step takes as much as any later one.
     Attributes:
         bytes: the peak so far.
-        how: how it was got, in a few words.
+        how: how it was measured, in words.
     """
 
     def __init__(
         self, device: torch.device, compiled: bool = False, apart: int = 0, steps: int = 2
     ) -> None:
-        self.device = device
-        self.apart = apart
-        self.bytes = 0
+        self.device, self.apart, self.bytes = device, apart, 0
         self._largest_batch = self._steps = 0
-        self._meter, self._watched = LiveBytes, tuple(range(1, steps + 1))
-        count = {2: "two", 3: "three"}.get(steps, steps)
+        self._meter, self._last_watched = LiveBytes, steps
         self.how = (
             "live tensor storage counted by engine/memory.py in the first "
-            f"{count} full training steps"
+            f"{ {2: 'two', 3: 'three'}.get(steps, steps) } full training steps"
         )
         if device.type == "cuda":
             self.how = "torch.cuda.max_memory_allocated over all training steps"
         elif compiled:
-            self._meter, self._watched = AllocatedBytes, tuple(range(1, steps + 2))
+            self._meter, self._last_watched = AllocatedBytes, steps + 1
             self.how = "the CPU allocator's record of the first full training steps"
 
     def state(self) -> dict[str, int | str]:
-        """All of it, to go on from with `load`."""
+        """Return all of it, for `load` to continue from."""
         return {
             "bytes": self.bytes, "largest": self._largest_batch, "steps": self._steps,
             "how": self.how,
         }  # fmt: skip
 
     def load(self, state: dict[str, int | str]) -> None:
-        """Go on from the `state` of steps of the same kind; that of others is left alone.
+        """Continue from a `state`, unless it was measured in another way.
 
-        Compiled steps on the CPU that have not all been watched are watched anew, since they are
-        compiled anew. Raises KeyError or ValueError if it is not one.
+        Compiled steps on the CPU that were not all watched are watched from the first one again,
+        since they are compiled again. Raises KeyError or ValueError if it is no `state`.
         """
         if not all(type(state[name]) is int for name in ("bytes", "largest", "steps")):
             raise ValueError("its peak is no number of bytes")
-        watching = self._meter is AllocatedBytes and state["steps"] < max(self._watched)
+        watching = self._meter is AllocatedBytes and state["steps"] < self._last_watched
         if state["how"] == self.how and not watching:
             self.bytes, self._largest_batch = state["bytes"], state["largest"]
             self._steps = state["steps"]
@@ -157,7 +154,7 @@ class PeakMemory:
 
         Args:
             samples: size of its batch.
-            alive: gives the tensors that exist before it (weights, momentum, the batch).
+            alive: returns the tensors that exist before it (weights, momentum, the batch).
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -167,7 +164,7 @@ class PeakMemory:
         if samples > self._largest_batch:
             self._largest_batch, self._steps = samples, 0
         self._steps += samples == self._largest_batch
-        if samples < self._largest_batch or self._steps not in self._watched:
+        if samples < self._largest_batch or self._steps > self._last_watched:
             yield
             return
         with self._meter(alive()) as meter:
@@ -177,11 +174,11 @@ class PeakMemory:
         self.bytes = max(self.bytes, meter.peak)
 
 
-def keep_heap() -> bool:
-    """Have the C library keep freed memory for this process; says whether it can (glibc can).
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory in this process; return whether it can (glibc can).
 
-    A step on the CPU allocates and frees the same maps as the one before. glibc gives freed ones
-    back to the kernel, and each page that comes again is cleared and mapped anew.
+    A step on the CPU allocates and frees the same features as the step before. By default glibc
+    returns large ones to the kernel, which clears and maps every page again.
     """
     trim_threshold, mmap_max = -1, -4  # <malloc.h>
     try:
@@ -192,5 +189,5 @@ def keep_heap() -> bool:
 
 
 def readable(count: int) -> str:
-    """Bytes in MiB, or in GiB from one up."""
+    """Return bytes in MiB, or in GiB from one up, in words."""
     return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"

@@ -1,22 +1,23 @@
-"""Chosen cuts against all cuts, each metered as a whole."""
+"""Chosen cuts against all cuts, each metered as a network."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli import main
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import train
 from configs import BALANCED_CUTS, InputError, choose_cuts, unit_names
 from engine import options
 from engine.checkpoint import read_checkpoint
 from engine.run_folder import run_name
 from models import build_network
-from planning import partition
-from planning.partition import Costs, fewest_modules, metered_peak, smallest_peak
+from models.context import ContextMode, Contexts
+from planning import dry_run, partition
+from planning.partition import Costs, Search, fewest_modules, metered_peak, smallest_peak
 from planning.plan import fake_batch, step_peaks
 
 BATCH = 512
@@ -24,7 +25,7 @@ NETWORK = {
     name: getattr(options.fill_in(options.build_parser().parse_args([])), name)
     for name in options.NETWORK_OPTIONS
 } | {"dataset": "cifar10", "local_loss_mode": "cross_entropy", "context_mode": "R0"}
-WAYS = [
+RUNS = [
     {"context_mode": "R0"},
     {"context_mode": "R2", "recompute": True},
     {"context_mode": "E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
@@ -32,38 +33,43 @@ WAYS = [
 ]
 
 
-def arguments_of(way, layers=14, K=3):
-    return NETWORK | {"layers": layers, "local_module_num": K} | dict(way)
+def arguments_of(run, layers=14, K=3):
+    return NETWORK | {"layers": layers, "local_module_num": K} | dict(run)
 
 
 @cache
 def all_peaks(number, K):
-    """Metered peak of every way to cut a ResNet-14 into K modules."""
-    arguments = arguments_of(WAYS[number], K=K)
+    """Return the metered peak of all cuts of a ResNet-14 into K modules."""
+    arguments = arguments_of(RUNS[number], K=K)
     return {
         cuts: metered_peak(arguments, BATCH, list(cuts))
         for cuts in combinations(unit_names(14)[:-1], K - 1)
     }
 
 
-@pytest.mark.parametrize(("number", "K"), [(0, 2), (1, 2), (1, 3), (2, 2), (3, 2), (3, 3)])
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("number", "K"), [(0, 2), slow(1, 2), slow(1, 3), (2, 2), slow(3, 2), slow(3, 3)]
+)
 def test_auto_has_the_smallest_peak_of_all_cuts(number, K):
     """To 0.1 %, for the search leaves out what the heads of one stage own more than another's."""
-    found = smallest_peak(arguments_of(WAYS[number], K=K), BATCH)
+    found = smallest_peak(arguments_of(RUNS[number], K=K), BATCH)
     peaks = all_peaks(number, K)
     assert found.peak == peaks[tuple(found.cuts)]
     assert found.peak <= 1.001 * min(peaks.values())
 
 
-@pytest.mark.parametrize(("number", "K"), [(0, 2), (1, 3), (2, 2), (3, 3)])
-def test_the_sum_of_the_parts_is_the_metered_whole(number, K):
-    costs = Costs(arguments_of(WAYS[number]), BATCH)
+@pytest.mark.parametrize(("number", "K"), [(0, 2), slow(1, 3), (2, 2), slow(3, 3)])
+def test_the_sum_of_the_parts_is_what_is_metered(number, K):
+    costs = Costs(arguments_of(RUNS[number]), BATCH)
     for cuts, peak in all_peaks(number, K).items():
         assert max(costs.peaks(costs.ends(cuts))) == pytest.approx(peak, rel=0.002)
 
 
 @pytest.mark.parametrize(
-    "way",
+    "run",
     [
         {"context_mode": "E", "aux_net_feature_dim": 1024, "aux_net_widen": 4.0},
         {"context_mode": "R1E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
@@ -71,8 +77,8 @@ def test_the_sum_of_the_parts_is_the_metered_whole(number, K):
     ],
     ids=str,
 )
-def test_the_sum_is_the_whole_module_by_module_where_weights_outweigh_maps(way):
-    arguments = arguments_of(way | {"image_size": 8, "aux_net_config": "0c2f"}, K=4)
+def test_the_sum_is_right_module_by_module_where_weights_outweigh_features(run):
+    arguments = arguments_of(run | {"image_size": 8, "aux_net_config": "0c2f"}, K=4)
     cuts = [(1, 0), (2, 0), (3, 0)]
     with FakeTensorMode():
         network = build_network(**arguments | {"cuts": cuts})
@@ -81,19 +87,59 @@ def test_the_sum_is_the_whole_module_by_module_where_weights_outweigh_maps(way):
     assert costs.peaks(costs.ends(cuts)) == pytest.approx(metered, rel=0.01)
 
 
-def test_modules_are_as_even_as_the_limit_lets_them_be():
+def test_modules_are_as_even_as_the_peak_lets_them_be():
+    """Here everything is allowed."""
     costs = Costs(arguments_of({"context_mode": "E"}, layers=32), BATCH)
-    ends = partition._way_back(costs, partition.reach(costs, 2**40), 4)
+    costs.search.peaks[:] = 2**40
+    ends = costs.search.ends(4)
     kept = [costs.kept[e] - costs.kept[s] for s, e in zip([0, *ends[:-1]], ends, strict=True)]
     assert max(kept) < 1.3 * sum(kept) / 4
 
 
-@pytest.mark.parametrize("K", [2, 4, 8])
-def test_auto_is_no_worse_than_published_cuts(K):
+class FakeCosts:
+    """What Search asks of Costs, for units of any size; module peaks depend on the context."""
+
+    def __init__(self, sizes):
+        self.names, self.shapes = sizes, [(size, 1) for size in sizes]
+        self.mode, self.image = ContextMode.parse("R1"), (3, 32)
+        self.kept = np.concatenate([[0], np.cumsum(sizes)])
+
+    def modules_from(self, start, window):
+        context = sum(channels for channels, _ in window.named().values()) if start else 0
+        return np.cumsum(self.names[start:]) + context, None
+
+    def peak(self, ends):
+        window, start, peaks = Contexts(self.mode, self.image), 0, []
+        for end in ends:
+            peaks.append(self.modules_from(start, window)[0][end - start - 1])
+            if start:
+                window.push(self.shapes[start - 1])
+            start = end
+        return max(peaks)
+
+
+def test_the_search_finds_the_best_of_all():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        costs = FakeCosts(draw.integers(1, 50, 7))
+        search = Search(costs)
+        for count in range(1, 8):
+            least = min(costs.peak([*cuts, 7]) for cuts in combinations(range(1, 7), count - 1))
+            assert search.peaks[count] == least == costs.peak(search.ends(count))
+
+
+@pytest.mark.parametrize(("K", "cuts"), [
+    (2, [(1, 3)]),
+    (4, [(1, 1), (1, 3), (2, 1)]),
+    slow(8, [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 4)]),
+])  # fmt: skip
+def test_auto_is_no_worse_than_published_cuts(K, cuts):
+    """ResNet-32's cuts are those in the documentation."""
     arguments = arguments_of({"context_mode": "E"}, layers=32, K=K)
-    found = smallest_peak(arguments, BATCH)
-    for cuts in (choose_cuts(32, K, "cifar10"), BALANCED_CUTS[32, "cifar10", K]):
-        assert found.peak <= metered_peak(arguments, BATCH, cuts)
+    found = smallest_peak(arguments, 1024)
+    assert found.cuts == cuts
+    for listed in (choose_cuts(32, K, "cifar10"), BALANCED_CUTS[32, "cifar10", K]):
+        assert found.peak <= metered_peak(arguments, 1024, listed)
 
 
 def test_equal_cuts_win_where_none_are_better():
@@ -101,9 +147,10 @@ def test_equal_cuts_win_where_none_are_better():
     assert smallest_peak(arguments, BATCH).cuts == choose_cuts(8, 4, "cifar10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
 def test_budget_takes_the_fewest_modules(number):
-    arguments = arguments_of(WAYS[number])
+    arguments = arguments_of(RUNS[number])
     recent = int(number == 1) + 1  # of R2 and R1E, and no fewer modules
     least = {K: min(all_peaks(number, K).values()) for K in (2, 3)}
     least[1] = metered_peak(arguments | {"context_mode": "R0"}, BATCH, [])
@@ -133,6 +180,7 @@ def test_budget_keeps_to_what_a_mode_and_the_loss_scales_allow():
     assert len(found.cuts) + 1 == 4  # no scales are published for 3
 
 
+@pytest.mark.slow
 def test_what_would_fit_fits():
     arguments = arguments_of({"context_mode": "E"}, layers=8)
     least = min(
@@ -185,15 +233,15 @@ TINY = [
     ],
 )
 def test_a_run_keeps_its_cuts(monkeypatch, capsys, tmp_path, arguments, cuts):
-    """A plan is made once: a run that goes on has the cuts that it began with."""
+    """A run that is continued has the cuts that it began with."""
     monkeypatch.chdir(tmp_path)
     status, out, err = main(monkeypatch, capsys, *TINY, *arguments)
     assert (status, err) == (0, [])
     kept = read_checkpoint("run/checkpoint.pt").options
     assert kept["cuts"] == cuts
     assert json.loads(Path("run/config.json").read_text())["partition"] == kept["partition"]
-    monkeypatch.setattr(train, "smallest_peak", None)
-    monkeypatch.setattr(train, "fewest_modules", None)
+    monkeypatch.setattr(dry_run, "smallest_peak", None)
+    monkeypatch.setattr(dry_run, "fewest_modules", None)
     again = ["--resume", "run/checkpoint.pt", "--epochs", "2", "--output_dir", "longer"]
     status, longer, err = main(monkeypatch, capsys, *again)
     assert (status, err) == (0, [])
@@ -254,7 +302,7 @@ def test_budget_is_in_gib(monkeypatch, capsys):
         asked.append((batch_size, kind, budget))
         raise InputError("no")
 
-    monkeypatch.setattr(train, "fewest_modules", refuse)
+    monkeypatch.setattr(dry_run, "fewest_modules", refuse)
     main(monkeypatch, capsys, *TINY, "--memory_budget", "1.5")
     main(monkeypatch, capsys, *TINY, "--memory_budget", "2", "--partition", "equal")
     assert asked == [(16, "auto", 3 * 2**29), (16, "equal", 2**31)]
