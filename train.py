@@ -12,6 +12,7 @@ if __name__ == "__main__":
     INTERRUPTS.install()  # before the imports that take seconds
 
 import argparse
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,7 @@ def prepare(argv: list[str], stack: ExitStack) -> Job | None:
     Returns:
         None where the run that is asked for is finished already.
     """
+    before = last_written(build_parser().parse_args(argv).resume)
     options, checkpoint = read_options(argv)
     if options.evaluate:
         return Job(options, checkpoint, None, *choose_network(options))
@@ -91,6 +93,9 @@ def prepare(argv: list[str], stack: ExitStack) -> Job | None:
         print(f"{folder.path} is finished: all {options.epochs} epochs are done")
         return None
     stack.enter_context(folder.locked())
+    if not is_auto and last_written(options.resume) != before:  # another process has gone on
+        options, checkpoint = read_options(argv)
+        chosen = choose_network(options)
     newest = folder.read_checkpoints(options.resume, checkpoint)
     if is_auto:
         if newest is not None:
@@ -102,6 +107,14 @@ def prepare(argv: list[str], stack: ExitStack) -> Job | None:
         print(f"{folder.path} is finished: {done}")
         return None
     return Job(options, checkpoint, folder, *chosen)
+
+
+def last_written(path: str | None) -> tuple[int, int] | None:
+    """Return two numbers that change when a file is written or replaced; None if there is none."""
+    if path is None or not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
 
 
 @tolerant_output()
