@@ -1,12 +1,18 @@
 """train.py and report.py as tests call them, within the process, and what a run leaves."""
 
 import json
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import train
+from engine import training
 from engine.checkpoint import read_checkpoint
 from engine.errors import exit_status
+from engine.signals import INTERRUPTS
 
 
 def main(monkeypatch, capsys, *arguments, script=train):
@@ -31,6 +37,15 @@ def few_test_images(monkeypatch):
     monkeypatch.setattr(train, "load_dataset", load_less)
 
 
+def metrics_of(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(folder):
+    return json.loads(Path(folder, "summary.json").read_text())
+
+
 def lasting(figures):
     """Metrics or a summary without the one figure that is of the clock."""
     return {name: value for name, value in figures.items() if name != "samples_per_second"}
@@ -38,11 +53,9 @@ def lasting(figures):
 
 def end_of(folder):
     """All that a run leaves, to be compared by ==, tensors by their bits."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    summary = lasting(json.loads((folder / "summary.json").read_text()))
     states = {}
     for name in ("checkpoint.pt", "model_best.pt"):
-        state = read_checkpoint(folder / name)
+        state = read_checkpoint(Path(folder, name))
         assert state.step == 0
         tensors = {f"{part} {n}": t.numpy().tobytes()
                    for part in ("state_dict", "momentum")
@@ -50,8 +63,23 @@ def end_of(folder):
         others = state.epoch, state.options, state.classes, state.scalers, state.peak
         states[name] = tensors, others, [*map(lasting, state.history)]
     return {
-        "metrics": [lasting(json.loads(line)) for line in lines],
-        "summary": summary,
-        "config": (folder / "config.json").read_text(),
+        "metrics": [*map(lasting, metrics_of(folder))],
+        "summary": lasting(summary_of(folder)),
+        "config": Path(folder, "config.json").read_text(),
         "states": states,
     }
+
+
+@contextmanager
+def interrupt_after(epoch):
+    """Inside, Ctrl-C comes right after the checkpoint of an epoch; one more step is taken."""
+    save = training.save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if path.name == "checkpoint.pt" and (state.epoch, state.step) == (epoch, 0):
+            INTERRUPTS.handle(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", save_and_stop)
+        yield

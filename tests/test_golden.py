@@ -1,24 +1,36 @@
-"""The network against numbers of an independent float64 implementation (tests/golden)."""
+"""The training step against numbers of an independent float64 implementation (tests/golden).
+
+The files ask for 1e-6. The largest error on the CPU was 5e-14, so the tests ask for 1e-12.
+"""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden import fill
-from test_network import tiny, tiny_batch
 
+import losses
 import models
-from engine.step import make_optimizers
+from engine.step import LocalSGD, Totals, evaluate, make_optimizers, train_step
+from models.context import Contexts
 from models.official import official_names
 
 GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+CASES = [
+    ("r32_k4_E_softmax", 0, False),
+    ("r32_k4_E_softmax", 5, True),
+    ("r32_k8_R2_softmax", 0, True),
+    ("r32_k8_R2_softmax", 5, False),
+    ("r32_k8_R0_softmax_decoder", 16, False),
+    ("r32_k16_R1E_contrast", 16, True),
+]
 
 
-def close(actual, expected):
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=1e-6, atol=1e-6)
+def read(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def build(case, **how):
@@ -41,81 +53,76 @@ def build(case, **how):
     return network
 
 
-def check_evaluation(network, images, targets, expected):
-    network.eval()
-    logits = network(images)
-    close(logits, expected["logits"])
-    close(F.cross_entropy(logits, targets), expected["loss"])
-    network.train()
+def evaluated(network, images, targets):
+    loss = evaluate(network, [(images, targets)], CPU).losses()[-1]
+    return {"logits": network(images).detach(), "loss": loss}
 
 
-@pytest.mark.parametrize(
-    ("name", "context_group", "recompute"),
-    [
-        ("r32_k4_E_softmax", 0, False),
-        ("r32_k4_E_softmax", 5, True),
-        ("r32_k8_R2_softmax", 0, True),
-        ("r32_k8_R2_softmax", 5, False),
-        ("r32_k8_R0_softmax_decoder", 16, False),
-        ("r32_k16_R1E_contrast", 16, True),
-    ],
-)
-def test_golden(name, context_group, recompute):
-    case = json.loads((GOLDEN / f"{name}.json").read_text())
-    network = build(case, context_group=context_group, recompute=recompute)
+def errors_of(case, network):
+    """The error of each kind of number in a case's file."""
     images, targets = map(torch.as_tensor, fill.batch(case))
-    settings = {k: v for k, v in case["sgd"].items() if k != "steps"}
-    optimizers = {m: torch.optim.SGD(m.parameters(), **settings) for m in network.local_modules}
+    optimizers = make_optimizers(network)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = case["sgd"]["lr"]
+    norms, logits, step_losses, official = {}, [], [], official_names(network)
 
-    check_evaluation(network, images, targets, case["eval_before"])
-    grad_norms = {}
-    official = official_names(network)
+    def keep_norm(name, parameter):
+        norms.setdefault(official[name], parameter.grad.norm())
 
-    def step(module):
-        for name, parameter in network.named_parameters():
-            if parameter.grad is not None:  # of this module alone, since the others' are freed
-                grad_norms.setdefault(official[name], parameter.grad.norm())
-        optimizers[module].step()
-        optimizers[module].zero_grad()
+    for name, parameter in network.named_parameters():
+        parameter.register_post_accumulate_grad_hook(partial(keep_norm, name))
+    eval_before = evaluated(network, images, targets)
+    network.train()
+    with network.local_modules[-1].head.register_forward_hook(lambda *call: logits.append(call[2])):
+        for _ in range(case["sgd"]["steps"]):
+            totals = Totals(network, CPU)
+            train_step(network, optimizers, images, targets, totals)
+            step_losses.append(totals.losses())
+    found = {
+        "eval_before": eval_before,
+        "step_losses": step_losses,
+        "train_logits": logits[0].detach(),
+        "grad_norms": norms,
+        "eval_after": evaluated(network, images, targets),
+    }
+    return {part: error(found[part], case[part]) for part in found}
 
-    for i, expected in enumerate(case["step_losses"]):
-        logits, losses = network.local_step(images, targets, after_backward=step)
-        close(torch.stack(losses), expected)
-        if i == 0:
-            close(logits, case["train_logits"])
-    check_evaluation(network, images, targets, case["eval_after"])
 
-    assert grad_norms.keys() == case["grad_norms"].keys()
-    for name, norm in case["grad_norms"].items():
-        close(grad_norms[name], norm)
-    trained = [p for name, p in network.named_parameters() if official[name] in grad_norms]
-    assert sum(p.numel() for p in trained) == case["trained_parameters"]
-    assert sum(network.parameter_counts().values()) == case["trained_parameters"]
+def error(found, expected):
+    """The largest error in a nest of numbers: of small ones absolute, of large ones relative."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        return max(error(found[key], expected[key]) for key in expected)
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    return float(((found - expected).abs() / (1 + expected.abs())).max())
+
+
+@pytest.mark.parametrize(("name", "context_group", "recompute"), CASES)
+def test_golden(name, context_group, recompute):
+    case = read(name)
+    network = build(case, context_group=context_group, recompute=recompute)
+    counts = network.parameter_counts().values()
+    assert sum(counts) == sum(p.numel() for p in network.parameters()) == case["trained_parameters"]
+    assert max(errors_of(case, network).values()) < 1e-12
 
 
 def test_all_golden_cases_are_there():
-    assert len(list(GOLDEN.glob("*.json"))) == 4
+    assert sorted({name for name, *_ in CASES}) == sorted(p.stem for p in GOLDEN.glob("*.json"))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
-@pytest.mark.parametrize("mode", ["R0", "R1", "R2", "R3", "E", "R1E", "R2E"])
-def test_groups_and_recomputation_train_the_same_network(mode, loss):
-    images, targets = tiny_batch()
-    results = []
-    for context_group, recompute in [(0, False), (5, True)]:
-        network = tiny(
-            context_mode=mode, local_loss_mode=loss, h_reconstruct=True, loss_scale=(1, 1, 1, 1),
-            context_group=context_group, recompute=recompute,
-        )  # fmt: skip
-        optimizers = make_optimizers(network)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.05
+SLIGHTLY_OTHER = {
+    "r32_k4_E_softmax": (LocalSGD, "step_and_free", lambda step: lambda optimizer: (
+        optimizer.param_groups[0].update(nesterov=False), step(optimizer))),
+    "r32_k8_R2_softmax": (Contexts, "push", lambda push: lambda contexts, h: (
+        push(contexts, h * 1.0001))),
+    "r32_k8_R0_softmax_decoder": (losses, "reconstruction", lambda loss: lambda decoded, pixels: (
+        loss(decoded, pixels * 0.9999))),
+}  # fmt: skip
 
-        def update(module, optimizers=optimizers):
-            optimizers[module.index].step()
-            optimizers[module.index].zero_grad()
 
-        steps = [network.local_step(images, targets, update) for _ in range(3)]
-        results.append((steps, network.state_dict()))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
-    assert results[1][0][0][1] != results[1][0][2][1]
+@pytest.mark.parametrize("name", SLIGHTLY_OTHER)
+def test_a_slightly_other_step_is_found(monkeypatch, name):
+    case, (owner, function, change) = read(name), SLIGHTLY_OTHER[name]
+    network = build(case)
+    monkeypatch.setattr(owner, function, change(getattr(owner, function)))
+    assert max(errors_of(case, network).values()) > 1e-6
