@@ -1,11 +1,16 @@
 """The command line: the authors' commands, and the options that they write differently."""
 
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from engine.options import read_options
+from engine.options import complete_options, parse_options, read_options
 from engine.run_folder import run_name
+
+ROOT = Path(__file__).parent.parent
 
 RELEASE = (
     "--model resnet --layers 32 --droprate 0.0 --no 1 --cos_lr --aux_net_widen 1 "
@@ -69,3 +74,30 @@ def test_a_loss_scale_is_given_once_and_in_full(capsys, arguments, says):
     error = capsys.readouterr().err
     assert (ended.value.code, error.count("\n")) == (2, 1)
     assert says in error
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse_options(["--output_dir=~/x", "--resume=~/y", "--data_dir=~", "--checkpoint=a~"])
+    assert (options.output_dir, options.resume) == ("/home/me/x", "/home/me/y")
+    assert (options.data_dir, options.checkpoint) == ("/home/me", "a~")
+
+
+@pytest.mark.parametrize("option", ["--layers=--", "--seed=--", "--name=--"])
+def test_dashes_are_no_value(capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        parse_options([option])
+    assert ended.value.code == 2
+    assert "expected one argument" in capsys.readouterr().err
+
+
+def test_typed_options_go_before_those_of_a_checkpoint():
+    kept = {"layers": 14, "local_module_num": 3, "lr": 0.3, "loss_scale": [1.0, 2.0, 3.0, 4.0]}
+    options = complete_options(["--resume", "x.pt", "--lr", "0.2", *SINGLE], kept)
+    assert (options.layers, options.local_module_num, options.lr) == (14, 3, 0.2)
+    assert (options.loss_scale, options.batch_size) == ([5, 0.5, 0, 1], 1024)
+
+
+def test_options_and_help_need_no_torch():
+    code = "import sys, engine.options as o; o.parse_options([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
