@@ -2,13 +2,16 @@
 
 import re
 from collections import deque
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import InputError
 from models.auxiliary import scaled_width
-from models.grouped import EAGER, encode_in_groups, pool
+from models.checkpointing import encode_in_groups
 
 T = TypeVar("T")
 
@@ -60,12 +63,7 @@ class Contexts(Generic[T]):
 
 
 class Encoder(nn.Sequential):
-    """Conv-BN-ReLU layers at a context's own size, then an average pool to the cut's size.
-
-    `functions` compute it in groups.
-    """
-
-    functions = EAGER
+    """Layers at a context's own size, then an average pool to the cut's size."""
 
     def forward(self, source: Tensor, size: tuple[int, int], group: int = 0) -> Tensor:
         """Context (N, from_channels, H, W) -> (N, channels, *size).
@@ -74,8 +72,7 @@ class Encoder(nn.Sequential):
         the maps again; with 0 it is the plain layers, which keep theirs.
         """
         if group:
-            convs_and_norms = list(zip(list(self)[::3], list(self)[1::3], strict=True))
-            return encode_in_groups(convs_and_norms, source, tuple(size), group, self.functions)
+            return encode_in_groups(list(self), partial(pool, size=size), source, group)
         return pool(super().forward(source), size)
 
 
@@ -132,3 +129,28 @@ class ContextSupply(nn.ModuleDict):
             in_place = self.group and context.dtype == h.dtype
             h = context.add_(h) if in_place else h + context
         return h
+
+
+def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average pool to `size`; x itself where it has that already."""
+    if x.shape[-2:] == size:
+        return x
+    if torch.are_deterministic_algorithms_enabled():
+        rows, columns = _averages(x, size)
+        return rows @ x @ columns.T
+    return F.adaptive_avg_pool2d(x, size)
+
+
+def _averages(x: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Matrices (S, H) and (S, W) that pool x (N, C, H, W) as adaptive pooling does.
+
+    Its backward on CUDA adds in any order; that of a matrix product does not.
+    """
+    matrices = []
+    for count, total in zip(size, x.shape[-2:], strict=True):
+        row = torch.arange(count, device=x.device)[:, None]
+        column = torch.arange(total, device=x.device)
+        averaged = (column >= row * total // count) & (column * count < (row + 1) * total)
+        weights = averaged.to(x.dtype)
+        matrices.append(weights / weights.sum(1, keepdim=True))
+    return matrices

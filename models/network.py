@@ -14,14 +14,12 @@ from torch import Tensor, nn
 import losses
 from configs import DATASETS, Cut
 from models.auxiliary import Decoder
+from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply, Encoder
-from models.grouped import Functions, encode, encode_backward
-from models.norm_relu import wide
-from models.recompute import keep_input_only
 
 
 class LocalModule(nn.Module):
-    """The part of a network between two cuts, and the encoders, head and decoder that train with it.
+    """The part of a network between two cuts, with the encoders, head and decoder that train with it.
 
     Args:
         context: encoders of what is added to the features that enter.
@@ -61,7 +59,7 @@ class LocalModule(nn.Module):
         *units, last = self.units
         h = h_in
         for unit in units:
-            h = keep_input_only(unit, h) if self.recompute else unit(h)
+            h = checkpoint_unit(unit, h) if self.recompute else unit(h)
         return last(h)  # its backward comes next: recomputed, its maps would exist twice
 
     def forward_and_losses(
@@ -199,11 +197,10 @@ class ContSupNetwork(nn.Module):
         return torch.autocast(device.type, self.autocast_dtype)
 
     def compile_steps(self, backend: str = "inductor") -> None:
-        """From now on train modules held and encoders compiled; identical ones share their code.
+        """Compile the training steps of the stage's modules and their encoders.
 
-        A graph break is an error. An encoder's forward and backward are compiled apart: seen as a
-        whole, the maps that its backward makes again would be found to be those of its forward,
-        and kept. Each batch size has code of its own: see `eagerly`.
+        Identical ones share their code. A graph break is an error. Each batch size has code of its
+        own: see `eagerly`.
         """
         self.compiled = True
         kinds = sum(1 + len(module.context) for module in self.stage)  # at most
@@ -211,14 +208,11 @@ class ContSupNetwork(nn.Module):
         limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        step, plain = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
-        encoding = Functions(compiled(encode), compiled(encode_backward))
+        step, encode = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
         for module in self.stage:
             module.forward_and_losses = partial(step, module)
             for encoder in module.context.values():
-                encoder.functions = encoding
-                if not module.context.group:
-                    encoder.forward = partial(plain, encoder)
+                encoder.forward = partial(encode, encoder)
 
     def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
         """Yield each module of the stage with its h_out (N, C, S, S), first to last.
@@ -347,3 +341,8 @@ class ContSupNetwork(nn.Module):
 
 def _count(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x, or a float32 copy of float16 or bfloat16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

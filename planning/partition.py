@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import Cut, InputError, choose_cuts, published_loss_scale
 from engine.memory import LiveBytes, readable
 from models import LocalModule, build_network
+from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
-from models.recompute import keep_input_only
 from planning.plan import END_TO_END, fake_batch, step_peaks
 
 Shape = tuple[int, int]
@@ -216,7 +216,7 @@ def _meter_units(
         h, start = images, meter.live
         for index, unit in enumerate(module.units):
             before = meter.live
-            h = keep_input_only(unit, h) if recompute else unit(h)
+            h = checkpoint_unit(unit, h) if recompute else unit(h)
             kept.append(meter.live - before)
             shapes.append(tuple(h.shape[1:3]))
             h.register_hook(partial(backward_ends, index + 1))
