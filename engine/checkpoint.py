@@ -175,6 +175,9 @@ def _check_parts(checkpoint: Checkpoint) -> None:
         _check(isinstance(entries, dict) and all(isinstance(name, str) for name in entries), part)
         if part in ("state_dict", "momentum"):
             _check(all(map(_is_plain_tensor, entries.values())), part)
+    for value in checkpoint.options.values():  # at most a list of lists, such as cuts
+        items = [x for y in _as_list(value) for x in _as_list(y)]
+        _check(all(x is None or type(x) in (bool, int, float, str) for x in items), "options")
     classes = checkpoint.classes
     _check(isinstance(classes, list) and all(isinstance(c, str) for c in classes), "classes")
     for state in checkpoint.scalers:
@@ -186,7 +189,7 @@ def _check_parts(checkpoint: Checkpoint) -> None:
         _check(all(_is_plain_tensor(t) and t.isfinite().all() for t in sums), "totals")
     for epoch, row in enumerate(checkpoint.history, checkpoint.epoch + 1 - len(checkpoint.history)):
         needed = [row[name] for name in ("test_error", "samples_per_second", "peak_memory_bytes")]
-        figures = [x for v in row.values() for x in (v if isinstance(v, list) else [v])]
+        figures = [x for v in row.values() for x in _as_list(v)]
         finite = (x is None or (type(x) in (int, float) and math.isfinite(x)) for x in figures)
         _check(row["epoch"] == epoch and all(map(_is_number, needed)) and all(finite), "history")
 
@@ -194,6 +197,10 @@ def _check_parts(checkpoint: Checkpoint) -> None:
 def _check(is_so: bool, part: str) -> None:
     if not is_so:
         raise ValueError(f"its {part} is not what it should be")
+
+
+def _as_list(value: object) -> Sequence:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _is_number(value: object) -> bool:
