@@ -24,12 +24,12 @@ ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
 
 PYTHON = f"""#!/bin/sh
-if [ "$1" = -c ]; then # looks at the options only
+if [ "$1" = -c ]; then # checks the options only
     [ -z "$CHECKS" ] || exec env PYTHONPATH={ROOT} {sys.executable} "$@"
     exit
 fi
 echo "$*" >> calls
-if [ -n "$WAITS" ]; then # until it is told to stop, for which it takes some time
+if [ -n "$WAITS" ]; then # for a signal, and then takes some time to stop
     trap 'sleep 0.3; echo saved >> calls; exit 143' TERM
     trap 'sleep 0.3; echo saved >> calls; exit 130' INT
     echo running
@@ -41,9 +41,9 @@ case "$*" in
     *"$FAILS"*) exit ${{STATUS:-2}} ;;
 esac
 """
-"""An interpreter that notes what it is asked to run, and fails where FAILS says so.
+"""An interpreter that writes its calls to a file, and fails where FAILS says so.
 
-With CHECKS it does look at the options that command.sh has it look at."""
+With CHECKS it does check the options that command.sh has it check."""
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -55,7 +55,7 @@ def command(*arguments, cwd=ROOT, **environment):
 
 
 def listed(*arguments, **environment):
-    """Options of each train.py call that is listed."""
+    """Return the options of each train.py call that is listed."""
     done = command(*arguments, "--list", **environment)
     assert (done.returncode, done.stderr) == (0, "")
     calls = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -65,7 +65,7 @@ def listed(*arguments, **environment):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder with command.sh and an interpreter that only notes its calls."""
+    """Make a folder with command.sh and an interpreter that only writes down its calls."""
     for name in ("command.sh", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -133,6 +133,8 @@ def test_seeds_epochs_data_and_options_of_your_own():
     assert {(o.epochs, o.dataset, o.amp, o.name) for o in runs} == {(7, "svhn", "bf16", "a.b")}
     assert {o.dataset for o in listed("table3", DATASET="svhn")} == {"svhn"}
     assert [o.seed for o in listed("table1", SEEDS="0\n1")] == [0] * 4 + [1] * 4
+    (spaced, *_) = listed("table1", "--data_dir", "some where")
+    assert spaced.data_dir == "some where"
 
 
 def test_evidence():
@@ -160,6 +162,22 @@ def test_help_runs_nothing(clone):
         assert "./command.sh table1 | table2" in done.stdout
         assert "PYTHON=..." in done.stdout
     assert not (clone / "calls").exists()
+
+
+def test_tests_are_the_fast_ones_or_all(clone):
+    for arguments in (["-k", "name"], ["--slow", "-k", "name"]):
+        assert command("test", *arguments, cwd=clone, FAILS="nothing").returncode == 0
+    fast, slow = calls_in(clone)
+    assert fast == "-m pytest -m not slow -n 2 --dist loadfile -k name"
+    assert slow == "-m pytest -k name"
+
+
+def test_through_a_link(clone):
+    (clone / "elsewhere").mkdir()
+    (clone / "elsewhere" / "command.sh").symlink_to(clone / "command.sh")
+    done = command("test", "--slow", cwd=clone / "elsewhere", FAILS="nothing")
+    assert done.returncode == 0
+    assert calls_in(clone) == ["-m pytest"]
 
 
 def test_listing_runs_nothing(clone):
@@ -197,13 +215,17 @@ def test_ctrl_c_and_sigterm_stop_the_rest(clone, status):
     assert len(calls_in(clone)) == 2
 
 
-@pytest.mark.parametrize("target", [["table1"], ["demo"]])
-@pytest.mark.parametrize("to_all", [False, True], ids=["to command.sh", "to all of the job"])
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_is_handed_on_to_the_run(clone, target, to_all, name, status):
-    """And is waited for, since the run has a checkpoint to write; the rest is not begun."""
+@pytest.mark.parametrize(
+    ("target", "to_all", "name", "status"),
+    [
+        ("table1", False, "SIGINT", 130), ("table1", True, "SIGTERM", 143),
+        ("demo", True, "SIGINT", 130), ("demo", False, "SIGTERM", 143),
+    ],
+)  # fmt: skip
+def test_a_signal_is_passed_on_to_the_run(clone, target, to_all, name, status):
+    """command.sh waits for the run, which has a checkpoint to write, and starts no other one."""
     process = subprocess.Popen(
-        ["./command.sh", *target], cwd=clone, env=os.environ | {"WAITS": "yes"},
+        ["./command.sh", target], cwd=clone, env=os.environ | {"WAITS": "yes"},
         stdout=subprocess.DEVNULL, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -218,7 +240,7 @@ def test_a_signal_is_handed_on_to_the_run(clone, target, to_all, name, status):
 
 
 def in_the_foreground(command, folder):
-    """Run a command as an interactive shell does; its status."""
+    """Run a command as an interactive shell does; return its status."""
     pid = os.fork()
     if not pid:
         os.setpgid(0, 0)
@@ -248,7 +270,7 @@ def wait_until(is_so):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_keys_of_a_terminal_reach_the_run(clone):
-    """Ctrl-Z stops it for a while, Ctrl-C for good; a terminal that is strict lets it write."""
+    """Ctrl-Z stops it for a while, Ctrl-C for good; a terminal with TOSTOP lets it write."""
     shell, terminal = pty.fork()
     if not shell:
         os._exit(in_the_foreground(["./command.sh", "table1"], clone))
@@ -281,7 +303,11 @@ def test_options_that_are_wrong_are_said_once(clone, arguments, environment, say
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert says in done.stderr
     assert not (clone / "calls").exists()
+
+
+def test_options_that_are_right_are_run_with(clone):
     assert command("table1", cwd=clone, CHECKS="1", FAILS="nothing").returncode == 0
+    assert len(calls_in(clone)) == 5
 
 
 def test_a_dry_run_plans_each_once(clone):
@@ -299,7 +325,6 @@ def test_a_dry_run_plans_each_once(clone):
         (["all", "--output_dir=x"], {}, "leave --output_dir out"),
         (["all", "--resume", "x"], {}, "leave --resume out"),
         (["all", "--evaluate=x"], {}, "leave --evaluate out"),
-        (["all", "--dry_run=True"], {}, "--dry_run takes nothing here"),
         (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
         (["table1"], {"SEEDS": " "}, "SEEDS=' '"),
     ],
