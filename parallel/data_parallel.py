@@ -2,7 +2,7 @@
 
 torch's DistributedDataParallel averages a module's gradients over the ranks in that module's
 backward, so all ranks take the same steps. With `--sync_bn` BatchNorm takes the statistics of the
-whole batch, and the training is that of one process but for the order of sums.
+batch, and the training is that of one process but for the order of sums.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as collectives
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,12 +22,12 @@ from configs import InputError
 from dataloaders import share_sizes
 from engine.checkpoint import Checkpoint
 from models import ContSupNetwork, LocalModule
-from models.norm_relu import Kernels, OfRanks, move_running
 from parallel.strategy import ParallelStrategy
+from parallel.sync_batchnorm import SyncBatchNorm2d
 
 
 class SharedBatch:
-    """The batch of the step under way, of which each rank has a part.
+    """The batch of the current step, of which each rank has a part.
 
     Attributes:
         rank, number: this rank and how many there are.
@@ -40,43 +39,21 @@ class SharedBatch:
         self.sizes = [0] * self.number
 
     def check(self, own: int) -> None:
-        """ValueError unless the part of this rank has `own` samples."""
+        """Raise ValueError unless the part of this rank has `own` samples."""
         if own != self.sizes[self.rank]:
             raise ValueError(
                 f"a part of {own} samples, not {self.sizes[self.rank]}: call begin_batch first"
             )
 
     def weight(self) -> float:
-        """Of this rank's mean loss, so that the mean over ranks is the mean over the batch."""
+        """Return the weight of this rank's mean loss in the batch's, times the number of ranks."""
         return self.sizes[self.rank] * self.number / sum(self.sizes)
 
-    def count(self, own: int) -> int:
-        """Values in the whole batch, where this rank's part has `own`."""
-        return own * sum(self.sizes) // self.sizes[self.rank]
+    def gather(self, part: Tensor) -> Tensor:
+        """Return all ranks' samples (N, ...), with a gradient, for this rank's (n, ...).
 
-    def combined(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance (C,) of this rank's part -> those of the whole batch.
-
-        All ranks add up the same numbers in the same order, so that they come to the same bits.
-        """
-        share = self.sizes[self.rank] / sum(self.sizes)
-        own = torch.cat([mean, var, mean.new_full((1,), share)])
-        parts = [torch.empty_like(own) for _ in range(self.number)]
-        dist.all_gather(parts, own)
-        means, variances, shares = torch.stack(parts).split([len(mean), len(var), 1], dim=1)
-        mean = (shares * means).sum(0)
-        return mean, (shares * (variances + (means - mean).square())).sum(0)
-
-    def summed(self, sums: Tensor) -> Tensor:
-        """The sum over the ranks, in place; without a gradient."""
-        dist.all_reduce(sums)
-        return sums
-
-    def whole(self, part: Tensor) -> Tensor:
-        """This rank's samples (n, ...) -> those of all ranks (N, ...), with a gradient.
-
-        As a sum, each rank adding zeros for the others: parts of any sizes can be put together
-        that way, and the gradient is one sum, too. Compiled code can do it as well.
+        It is a sum to which each rank adds zeros for the others' samples. So parts may have any
+        sizes, the gradient is one sum too, and the compiler can do it.
         """
         before = sum(self.sizes[: self.rank])
         after = sum(self.sizes) - before - len(part)
@@ -84,8 +61,8 @@ class SharedBatch:
         return collectives.all_reduce(torch.cat([before, part, after]), "sum", dist.group.WORLD)
 
     def supervised_contrastive(self, embeddings: Tensor, targets: Tensor) -> Tensor:
-        """Mean over this rank's anchors, each compared with the whole batch."""
-        among = self.whole(embeddings), self.whole(targets)
+        """Return the mean over this rank's anchors, each compared with all of the batch."""
+        among = self.gather(embeddings), self.gather(targets)
         first = sum(self.sizes[: self.rank])
         return losses.supervised_contrastive(embeddings, targets, among=among, first=first)
 
@@ -109,10 +86,10 @@ class DataParallelStrategy(ParallelStrategy):
         self._sizes: deque[int] = deque()
 
     def describe(self) -> dict[str, Any]:
-        return {"processes": self.size, "way": "data", "sync_bn": self.sync_bn}
+        return {"processes": self.size, "strategy": "data", "sync_bn": self.sync_bn}
 
     def __str__(self) -> str:
-        statistics = "the whole batch" if self.sync_bn else "its own part"
+        statistics = "all of the batch" if self.sync_bn else "its own part"
         return (f"each batch in {self.size} parts, one a process; BatchNorm takes statistics of "
                 f"{statistics}")  # fmt: skip
 
@@ -126,7 +103,7 @@ class DataParallelStrategy(ParallelStrategy):
         super().place(network, options, device)
         for module in network.stage:
             if self.sync_bn:
-                _synchronise(module, OfRanks(self.batch))
+                SyncBatchNorm2d.convert(module)
             if module.task.function is losses.supervised_contrastive:
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
             _wrap_step(module, self.batch)
@@ -175,10 +152,10 @@ class DataParallelStrategy(ParallelStrategy):
 
 
 class _Step(nn.Module):
-    """The training step of a local module, as a module whose parameters are that one's.
+    """The training step of a local module, as a module that has its parameters.
 
-    Those of its context encoders are among them: they run before the step, but have their
-    gradients in the same backward.
+    Those of its context encoders are among them. They run before the step, but get their gradients
+    in the same backward.
     """
 
     def __init__(self, module: LocalModule, batch: SharedBatch) -> None:
@@ -189,10 +166,10 @@ class _Step(nn.Module):
     def forward(
         self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """As `LocalModule.forward_and_losses`; what goes backward from the losses is weighed.
+        """Run `LocalModule.forward_and_losses`, and weight the gradients of the losses.
 
-        The losses themselves stay means over the rank's part. The weight has to come first: in
-        the backward of sync_bn, and of the contrastive loss, what the ranks have is summed.
+        The losses themselves stay means over the rank's part. The weight has to come first: the
+        backward of sync_bn, and of the contrastive loss, sums over the ranks.
         """
         self.batch.check(len(targets))
         h_out, output, *parts = self.run(h_in, targets, pixels)
@@ -206,66 +183,10 @@ class _Step(nn.Module):
 def _wrap_step(module: LocalModule, batch: SharedBatch) -> None:
     """Have a module's training step average its gradients over the ranks.
 
-    DistributedDataParallel keeps a buffer for gradients. They are views into it, so that they take
-    no memory besides.
+    The gradients are views into the buffer that DistributedDataParallel keeps, so that they take
+    no memory of their own.
     """
     step = DistributedDataParallel(
         _Step(module, batch), forward_sync_buffers=False, gradient_as_bucket_view=True
     )
     module.forward_and_losses = step.__call__  # a method, which is no part of the module
-
-
-class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Takes the place of a BatchNorm2d, with its tensors, and in training the whole batch's
-    statistics.
-
-    torch.nn.SyncBatchNorm runs on CUDA alone, and has no part in encoders that run in groups.
-    """
-
-    def __init__(self, bn: nn.BatchNorm2d, ranks: OfRanks) -> None:
-        super().__init__(bn.num_features, bn.eps, bn.momentum, device="meta")
-        self.weight, self.bias = bn.weight, bn.bias
-        self.running_mean, self.running_var = bn.running_mean, bn.running_var
-        self.num_batches_tracked = bn.num_batches_tracked
-        self.train(bn.training)
-        self.ranks = ranks
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape."""
-        if not self.training:
-            return super().forward(x)
-        count = self.ranks.shared.count(x.numel() // x.shape[1])
-        if count < 2:
-            raise ValueError(f"BatchNorm trains on two values a channel or more, not on {count}")
-        out, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps, self.ranks)
-        move_running(self, mean, var, count)
-        return out
-
-
-class _Normalise(torch.autograd.Function):
-    """BatchNorm by statistics of the whole batch, which it gives out, too."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, eps, ranks):
-        mean, var = ranks.statistics(x)
-        ctx.save_for_backward(x, mean, var, gamma)
-        ctx.eps, ctx.ranks = eps, ranks
-        ctx.mark_non_differentiable(mean, var)
-        out = nn.functional.batch_norm(x, mean, var, gamma, beta, eps=eps)
-        return out, mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *of_statistics):
-        x, mean, var, gamma = ctx.saved_tensors
-        gradients = Kernels.backward(grad, x, mean, var, gamma, ctx.eps, True, ctx.ranks.shared)
-        return *gradients, None, None
-
-
-def _synchronise(module: nn.Module, ranks: OfRanks) -> None:
-    """Put a SyncedBatchNorm2d in the place of each BatchNorm2d inside."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, SyncedBatchNorm2d(child, ranks))
-        else:
-            _synchronise(child, ranks)
