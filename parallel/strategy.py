@@ -70,7 +70,7 @@ class ParallelStrategy(Strategy):
         """Expect no batch after the one that begins now."""
 
     def end(self) -> None:
-        """Complete what is under way after the last batch."""
+        """Complete the transfers after the last batch."""
 
     def merge_totals(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the `Totals.state` of all modules and samples, from every rank's on the CPU."""
@@ -137,6 +137,7 @@ class ParallelStrategy(Strategy):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches; after a signal to any process, one more on every rank."""
         self.begin(batches.sizes()[skip:])
+        self.seconds_waited()  # until now, which is not the epoch's
         start, stop = time.perf_counter(), 0
         for batch in batches.epoch(epoch, skip):
             self.begin_batch()
@@ -223,9 +224,9 @@ class ParallelStrategy(Strategy):
         return self.split(checkpoint._replace(peak=peak))
 
     def join_parts(self, own: Checkpoint) -> Checkpoint:
-        held = {name: t for name, t in own.state_dict.items() if not t.is_meta}
+        present = {name: t for name, t in own.state_dict.items() if not t.is_meta}
         part = own._replace(
-            state_dict=_on_cpu(held), momentum=_on_cpu(own.momentum), totals=_on_cpu(own.totals),
+            state_dict=_on_cpu(present), momentum=_on_cpu(own.momentum), totals=_on_cpu(own.totals),
             history=(),
         )  # fmt: skip
         parts = self.group.gather(part)
