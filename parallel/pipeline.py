@@ -74,7 +74,7 @@ class PipelineStrategy(ParallelStrategy):
 
     def describe(self) -> dict[str, Any]:
         ranges = [format_range(modules) for modules in self.ranges]
-        return {"processes": self.size, "way": "modules", "ranges": ranges}
+        return {"processes": self.size, "strategy": "modules", "ranges": ranges}
 
     def __str__(self) -> str:
         parts = [f"{format_range(modules)} on rank {r}" for r, modules in enumerate(self.ranges)]

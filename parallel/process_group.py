@@ -135,12 +135,11 @@ class ProcessGroup:
             raise InputError(f"--device {name} is one device, and each process has its own: "
                              "give --device cuda")  # fmt: skip
         device = choose_device(name)
+        for backend in ("gloo", "nccl") if device.type == "cuda" else ("gloo",):
+            if not dist.is_backend_available(backend):
+                raise InputError(f"--parallel needs {backend}, which this PyTorch does not have")
         if device.type == "cpu":
-            if not dist.is_gloo_available():
-                raise InputError("--parallel on the CPU needs Gloo, which this PyTorch has not")
             return device
-        if not (dist.is_nccl_available() and dist.is_gloo_available()):
-            raise InputError("--parallel on CUDA needs NCCL and Gloo, which this PyTorch has not")
         count = torch.cuda.device_count()
         if self.local_rank >= count:
             raise InputError(f"each process has a GPU of its own, and there are {count} here: give "

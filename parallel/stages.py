@@ -4,13 +4,14 @@ import argparse
 import gc
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from configs import InputError
-from engine.device import memory_format, ready, wait_for
+from engine.device import memory_format, move_to_device, wait_for
 from engine.step import Totals, make_optimizers, train_step
 from models import LocalModule, build_network
 
@@ -22,9 +23,9 @@ def module_times(
 
     Two steps warm up. Then each module's least time of three to eight steps counts, as many as fit
     into 15 s: other work on the machine only adds time, and a module that seems slow because of it
-    would be in the wrong place for the whole run.
+    would be in the wrong place for all of the run.
     """
-    network = ready(
+    network = move_to_device(
         build_network(**arguments), device,
         channels_last=options.channels_last, compiled=options.compile,
     )  # fmt: skip
@@ -63,20 +64,20 @@ def balanced_ranges(times: Sequence[float], processes: int) -> list[range]:
     K = len(times)
     check_count(K, processes)
     until = [0.0, *accumulate(times)]
-    # best[end]: (largest sum, where the last range starts) of modules before `end`, by number.
-    best = [{end: (until[end], 0) for end in range(1, K + 1)}]
-    for _ in range(processes - 1):
-        before = best[-1]
-        best.append({
-            end: min(
-                (max(before[start][0], until[end] - until[start]), start)
-                for start in range(len(best), end)
-            )
-            for end in range(len(best) + 1, K + 1)
-        })  # fmt: skip
+
+    @cache
+    def best(end: int, number: int) -> tuple[float, int]:
+        """Return the largest sum, and where the last range starts, of the modules before `end`."""
+        if number == 1:
+            return until[end], 0
+        return min(
+            (max(best(start, number - 1)[0], until[end] - until[start]), start)
+            for start in range(number - 1, end)
+        )
+
     ranges, end = [], K
-    for column in reversed(best):
-        start = column[end][1]
+    for number in range(processes, 0, -1):
+        start = best(end, number)[1]
         ranges.insert(0, range(start, end))
         end = start
     return ranges

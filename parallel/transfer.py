@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.device import memory_format
+from engine.device import memory_format, wait_for
 from models import build_network
 from models.context import ContextMode, Contexts
 from models.network import ForwardState, StageIO
 
 IN_FLIGHT = 2
-"""Batches whose features may be on their way to the next process at once."""
+"""Batches whose features may be in transit to the next process at once."""
 
 
 class FeatureSpec(NamedTuple):
@@ -203,23 +203,17 @@ class DeviceWaits:
     """Measures how long the device waits inside the `with`: on CUDA its stream, not the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.device = device
+        self._waits: list[tuple[Any, Any]] = []  # start and end: seconds, or CUDA events
 
     def __enter__(self) -> None:
         self._start = self._now()
 
     def __exit__(self, *exception: object) -> None:
-        if self.on_cuda:
-            self._events.append((self._start, self._now()))
-            while self._events and self._events[0][1].query():
-                self._fold()
-        else:
-            self._seconds += self._now() - self._start
+        self._waits.append((self._start, self._now()))
 
     def _now(self) -> Any:
-        if not self.on_cuda:
+        if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -227,12 +221,8 @@ class DeviceWaits:
 
     def seconds(self) -> float:
         """Return the seconds since the last call; wait for the device."""
-        while self._events:
-            self._events[0][1].synchronize()
-            self._fold()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def _fold(self) -> None:
-        start, end = self._events.popleft()
-        self._seconds += start.elapsed_time(end) / 1000
+        waits, self._waits = self._waits, []
+        if self.device.type != "cuda":
+            return sum(end - start for start, end in waits)
+        wait_for(self.device)
+        return sum(start.elapsed_time(end) for start, end in waits) / 1000
