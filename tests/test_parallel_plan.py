@@ -1,7 +1,9 @@
 """Plans of parallel runs against real steps, closed formulas and schedules made by hand."""
 
+import argparse
 import json
 from collections import deque
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +16,14 @@ from engine.memory import LiveBytes
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
 from parallel.transfer import IN_FLIGHT, Link, crossing
-from planning.pipeline_plan import Speeds, ends_of_epoch, make_parallel_plan, processes_asked
+from planning import pipeline_plan
+from planning.pipeline_plan import finish_times, make_parallel_plan, process_counts
 from planning.plan import make_plan
 from report.results import read_records
 
 BATCH = 8
 TINY = {"layers": 14, "local_module_num": 4, "image_size": 16, "context_mode": "R0"}
-WAYS = [
+RUNS = [
     {"context_mode": "R0"},
     {"context_mode": "E"},
     {"context_mode": "R2"},
@@ -34,32 +37,34 @@ CLI = (
 )  # fmt: skip
 
 
-def plan_of(arguments, processes, speeds=Speeds(1, 1), ranges=None, batch_size=BATCH, images=100):  # noqa: B008
-    plan = make_plan(arguments, batch_size)
-    return make_parallel_plan(plan, arguments, batch_size, images, processes, speeds, ranges)
+def plan_of(arguments, nproc, tflops=1, gbs=1, ranges=None, batch_size=BATCH, images=100):
+    """Return make_parallel_plan's for each number of processes."""
+    options = argparse.Namespace(
+        local_module_num=arguments["local_module_num"], nproc=nproc, module_ranges=ranges,
+        batch_size=batch_size, device_tflops=tflops, link_gbs=gbs,
+        dataset="folder", data_dir="", limit_per_class=None,
+    )  # fmt: skip
+    with mock.patch.object(pipeline_plan, "count_images", return_value=images):
+        return make_parallel_plan(options, make_plan(arguments, batch_size), arguments).plans
 
 
 # ---------------------------------------------------------------------------------------------
 # Memory
 
 
-class Copied:
-    """A tensor is there when it is waited for, from what the process before sent."""
+class Transfer:
+    """A tensor that is filled, when it is waited for, with what the process before sent."""
 
-    def __init__(self, tensor, sent):
+    def __init__(self, tensor=None, sent=None):
         self.tensor, self.sent = tensor, sent
 
     def wait(self):
-        self.tensor.copy_(self.sent.popleft())
-
-
-class Handed:
-    def wait(self):
-        pass
+        if self.tensor is not None:
+            self.tensor.copy_(self.sent.popleft())
 
 
 def real_peaks(arguments, ranges, steps):
-    """Peak bytes of each step of each process, all run in this one, by turns."""
+    """Return the peak bytes of each step of each process, all run in this one in turns."""
     device = torch.device("cpu")
     cuts = crossing(arguments, device, channels_last=False)
     traffic = [deque() for _ in ranges]
@@ -67,17 +72,17 @@ def real_peaks(arguments, ranges, steps):
     for rank, modules in enumerate(ranges):
 
         def receive(tensor, sent=traffic[rank - 1]):
-            return Copied(tensor, sent)
+            return Transfer(tensor, sent)
 
         def send(tensor, sent=traffic[rank]):
             sent.append(tensor)
-            return Handed()
+            return Transfer()
 
         incoming = cuts[modules.start - 1] if modules.start else None
         outgoing = cuts[modules.stop - 1] if modules.stop <= len(cuts) else None
         link = Link(device, incoming, receive, outgoing, send)
         network = build_network(**arguments)
-        network.hold(modules, link)
+        network.set_stage(modules, link)
         processes.append((network, make_optimizers(network)))
         link.begin([BATCH] * (steps + 1))
     size = arguments["image_size"]
@@ -88,17 +93,16 @@ def real_peaks(arguments, ranges, steps):
             batch = images.clone(), targets.clone()
             totals = Totals(network, device)
             with LiveBytes(tensors_alive(network, optimizers, *batch)) as meter:
-                for _ in train_step(network, optimizers, *batch, totals):
-                    pass
+                train_step(network, optimizers, *batch, totals)
             of_steps.append(meter.peak)
     return peaks
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_each_process_takes_what_was_planned(way):
-    arguments = TINY | way
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_each_process_takes_what_was_planned(run):
+    arguments = TINY | run
     ranges = [range(0, 1), range(1, 3), range(3, 4)]
-    (plan,) = plan_of(arguments, [3], ranges=ranges).plans
+    (plan,) = plan_of(arguments, None, ranges=ranges)
     peaks = real_peaks(arguments, ranges, steps=IN_FLIGHT + 3)
     for steady in range(IN_FLIGHT, IN_FLIGHT + 3):
         assert [device.peak_bytes for device in plan.devices] == [p[steady] for p in peaks]
@@ -111,16 +115,15 @@ def test_under_autocast_each_process_takes_nearly_what_was_planned():
     """A plan of one process has fewer bytes of BatchNorm's statistics there, too."""
     arguments = TINY | {"context_mode": "R2E", "amp": "bf16"}
     ranges = [range(0, 1), range(1, 3), range(3, 4)]
-    (plan,) = plan_of(arguments, [3], ranges=ranges).plans
+    (plan,) = plan_of(arguments, None, ranges=ranges)
     peaks = [p[-1] for p in real_peaks(arguments, ranges, steps=IN_FLIGHT + 1)]
     assert [device.peak_bytes for device in plan.devices] == pytest.approx(peaks, rel=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_one_process_is_the_ordinary_plan(way):
-    plan = make_plan(TINY | way, BATCH)
-    (alone,) = make_parallel_plan(plan, TINY | way, BATCH, 100, [1], Speeds(1, 1)).plans
-    assert alone.peak_bytes == plan.peak_bytes
+@pytest.mark.parametrize("run", RUNS[2:4], ids=str)
+def test_one_process_is_the_ordinary_plan(run):
+    (alone,) = plan_of(TINY | run, [1])
+    assert alone.peak_bytes == make_plan(TINY | run, BATCH).peak_bytes
     assert alone.speedup == pytest.approx(1)
     assert (alone.bubble_seconds, alone.bubble_percent, alone.binding_gbs) == (0, 0, None)
     assert (alone.largest_link_bytes, alone.bytes_per_step) == (0, 0)
@@ -146,14 +149,14 @@ def test_bytes_by_hand(mode, sent):
     first, second = 16 * 16 * 16 * 4, 32 * 8 * 8 * 4
     sizes = {"h0": first, "in1": first, "h1": first, "in2": first, "h2": second}
     links = [BATCH * sum(sizes[name] for name in names) for names in sent]
-    (plan,) = plan_of(TINY | {"context_mode": mode, "cuts": cuts}, [4]).plans
+    (plan,) = plan_of(TINY | {"context_mode": mode, "cuts": cuts}, [4])
     assert [device.bytes_out for device in plan.devices] == [*links, 0]
     assert [device.bytes_in for device in plan.devices] == [0, *links]
     assert (plan.largest_link_bytes, plan.bytes_per_step) == (max(links), sum(links))
 
 
 def test_bfloat16_features_are_half_as_large():
-    wide, narrow = (plan_of(TINY | {"amp": amp}, [4]).plans[0] for amp in ("off", "bf16"))
+    wide, narrow = (plan_of(TINY | {"amp": amp}, [4])[0] for amp in ("off", "bf16"))
     assert 2 * narrow.bytes_per_step == wide.bytes_per_step
 
 
@@ -167,24 +170,24 @@ def test_schedule_by_hand():
     The second begins with the batches at 2, 10, 18, 26 and 34 s, and has room for the next then.
     """
     devices, links = [(1, 1), (4, 4)], [1]
-    assert ends_of_epoch(devices, links, [1] * 5) == [12, 42]
-    assert ends_of_epoch(devices, links, [1, 1, 1, 1, 0.5]) == [11.5, 38]
+    assert finish_times(devices, links, [1] * 5) == [12, 42]
+    assert finish_times(devices, links, [1, 1, 1, 1, 0.5]) == [11.5, 38]
 
 
 def test_schedule_by_hand_where_the_link_is_slowest():
-    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 3) == [7, 18]
-    assert ends_of_epoch([(1, 1), (2, 0)], [5], [1] * 4) == [12, 23]
+    assert finish_times([(1, 1), (2, 0)], [5], [1] * 3) == [7, 18]
+    assert finish_times([(1, 1), (2, 0)], [5], [1] * 4) == [12, 23]
 
 
 def test_the_end_of_a_device_before_may_be_the_last():
-    assert ends_of_epoch([(1, 9), (2, 0)], [0], [1] * 3) == [30, 23]
+    assert finish_times([(1, 9), (2, 0)], [0], [1] * 3) == [30, 23]
 
 
 def test_equal_devices_without_traffic():
     for P, steps in ((1, 7), (3, 1), (4, 10), (8, 3)):
-        whole = max(ends_of_epoch([(6.0, 0.0)] * P, [0.0] * (P - 1), [1] * steps))
-        assert whole == (steps + P - 1) * 6
-        early = max(ends_of_epoch([(2.0, 4.0)] * P, [0.0] * (P - 1), [1] * steps))
+        late = max(finish_times([(6.0, 0.0)] * P, [0.0] * (P - 1), [1] * steps))
+        assert late == (steps + P - 1) * 6
+        early = max(finish_times([(2.0, 4.0)] * P, [0.0] * (P - 1), [1] * steps))
         assert early == steps * 6 + (P - 1) * 2
 
 
@@ -194,13 +197,8 @@ def test_features_that_leave_at_the_end():
     for _ in range(200):
         P, steps = torch.randint(1, 9, (2,), generator=draw).tolist()
         times = torch.randint(1, 20, (2 * P - 1,), generator=draw).tolist()
-        ends = ends_of_epoch([(t, 0) for t in times[::2]], times[1::2], [1] * steps)
+        ends = finish_times([(t, 0) for t in times[::2]], times[1::2], [1] * steps)
         assert max(ends) == sum(times) + (steps - 1) * max(times)
-
-
-def test_units():
-    assert Speeds(5, 12).computing(5e12) == 1
-    assert Speeds(5, 12).moving(12e9) == 1
 
 
 def test_seconds_by_hand():
@@ -218,7 +216,7 @@ def test_seconds_by_hand():
     second_step = 4 * (3 * (second + third + 2 * 64 * 10) - enters) / 1e12
     moved = 4 * 16 * 8 * 8 * 4
 
-    (plan,) = plan_of(arguments, [2], Speeds(1, 100), batch_size=4, images=10).plans
+    (plan,) = plan_of(arguments, [2], 1, 100, batch_size=4, images=10)
     assert second_step > first_step
     full = 2.5 * second_step
     epoch = ready + moved / 100e9 + full
@@ -230,7 +228,7 @@ def test_seconds_by_hand():
     assert plan.binding_gbs == pytest.approx(moved / second_step / 1e9)
     assert [d.step_seconds for d in plan.devices] == pytest.approx([first_step, second_step])
 
-    (plan,) = plan_of(arguments, [2], Speeds(1, 0.1), batch_size=4, images=10).plans
+    (plan,) = plan_of(arguments, [2], 1, 0.1, batch_size=4, images=10)
     assert moved / 0.1e9 > second_step
     assert plan.epoch_seconds == pytest.approx(ready + 2.5 * moved / 0.1e9 + second_step / 2)
     assert plan.bubble_seconds == pytest.approx(ready + second_step / 2)
@@ -241,27 +239,25 @@ def test_where_communication_binds():
 
     def step(gbs):
         long, longer = (
-            plan_of(TINY, [4], Speeds(2, gbs), images=images).plans[0].epoch_seconds
+            plan_of(TINY, [4], 2, gbs, images=images)[0].epoch_seconds
             for images in (BATCH * 100, BATCH * 101)
         )
         return longer - long
 
-    (plan,) = plan_of(TINY, [4], Speeds(2, 1)).plans
+    (plan,) = plan_of(TINY, [4], 2)
     slowest = max(device.step_seconds for device in plan.devices)
     for gbs, expected in ((1.01, 1), (0.5, 2)):
         assert step(gbs * plan.binding_gbs) == pytest.approx(expected * slowest)
-    (faster,) = plan_of(TINY, [4], Speeds(6, 1)).plans
-    assert faster.binding_gbs == pytest.approx(3 * plan.binding_gbs)
 
 
 def test_flops_of_the_processes_are_those_of_their_modules():
-    plan = make_plan(TINY | {"context_mode": "R1E"}, BATCH)
-    flops = [module.train_flops_per_sample for module in plan.modules]
-    for pipeline in plan_of(TINY | {"context_mode": "R1E"}, [1, 2, 4]).plans:
-        for device in pipeline.devices:
+    arguments = TINY | {"context_mode": "R1E"}
+    flops = [module.train_flops_per_sample for module in make_plan(arguments, BATCH).modules]
+    for plan in plan_of(arguments, [1, 2, 4]):
+        for device in plan.devices:
             assert device.train_flops_per_sample == sum(flops[i] for i in device.modules)
             assert device.flops_share == device.train_flops_per_sample / sum(flops)
-        assert [i for device in pipeline.devices for i in device.modules] == [0, 1, 2, 3]
+        assert [i for device in plan.devices for i in device.modules] == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -298,13 +294,13 @@ def test_images_of_ones_own_are_counted_by_name(tmp_path):
 
 
 def test_numbers_of_processes():
-    assert processes_asked(1, None, None) == [1]
-    assert processes_asked(6, None, None) == [1, 2, 4, 6]
-    assert processes_asked(8, None, []) == [1, 2, 4, 8]
-    assert processes_asked(8, [5, 2, 5], None) == [5, 2]
-    assert processes_asked(8, None, [range(3), range(3, 8)]) == [2]
+    assert process_counts(1, None, None) == [1]
+    assert process_counts(6, None, None) == [1, 2, 4, 6]
+    assert process_counts(8, None, []) == [1, 2, 4, 8]
+    assert process_counts(8, [5, 2, 5], None) == [5, 2]
+    assert process_counts(8, None, [range(3), range(3, 8)]) == [2]
     with pytest.raises(InputError, match="9 processes for 8 modules"):
-        processes_asked(8, [1, 9], None)
+        process_counts(8, [1, 9], None)
 
 
 def test_json_has_the_ordinary_plan_and_the_parallel_one(monkeypatch, capsys):
