@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
@@ -17,48 +18,59 @@ T = TypeVar("T")
 
 
 class ContextMode(NamedTuple):
-    """`Rn` or `RnE` supply the `recent` = n latest module inputs, `E` and `RnE` the `image`."""
+    """What a cut is supplied with (paper, section 3.2): `Rn`, `E`, `RnE`, ...
+
+    Attributes:
+        recent: n, number of the latest module inputs.
+        images: letters of IMAGE_ENCODERS, each an encoder of the image.
+    """
 
     recent: int
-    image: bool
+    images: str
 
     @classmethod
     def parse(cls, name: str) -> "ContextMode":
-        """`R0`, `E`, `R2`, `R1E`, ... -> ContextMode; InputError for any other name."""
-        match = isinstance(name, str) and re.fullmatch(r"(?:R(0|[1-9][0-9]{0,5}))?(E?)", name)
-        if not match or not name:
+        """Return the mode of a name; raise InputError for an unknown one."""
+        match = isinstance(name, str) and re.fullmatch(r"(?:R(0|[1-9][0-9]{0,5}))?([A-Z]*)", name)
+        letters = match[2] if match else ""
+        known = set(letters) <= IMAGE_ENCODERS.keys() and len(set(letters)) == len(letters)
+        if not match or not name or not known:
             raise InputError(
                 f"unknown context_mode {name!r}: it is Rn for the n latest module inputs "
                 "(R0 for no context), E for the image, or RnE for both"
             )
-        return cls(recent=int(match[1] or 0), image=bool(match[2]))
+        return cls(recent=int(match[1] or 0), images=letters)
 
 
 class Contexts(Generic[T]):
-    """The contexts on offer at a cut, by name; moves on from cut to cut.
+    """The contexts that a cut is supplied with, from cut to cut (README, equation 2).
 
     The image counts as the input of module 0. So it opens the window of `Rn` and falls out of it
-    after n cuts; in `RnE`, where it comes as a context of its own, the window starts empty.
+    after n cuts. In `RnE` it is a context of its own, and the window starts empty.
 
-    T is a tensor during a forward pass and a number of channels when encoders are built: what
-    is supplied where is said here once.
+    T is a tensor in a forward pass, a number of channels when encoders are built, and a shape in
+    plans.
     """
 
     def __init__(self, mode: ContextMode, image: T) -> None:
         self._opening = image
-        self._image = {"image": image} if mode.image else {}
-        self._window = deque([] if mode.image else [image], maxlen=mode.recent)
+        self._images = {"image" if x == "E" else f"image_{x}": image for x in mode.images}
+        self._window = deque([] if mode.images else [image], maxlen=mode.recent)
 
     def named(self) -> dict[str, T]:
-        """`image`, and `recent_s` for the s-th latest module input, s = 0 being the newest."""
-        return self._image | {f"recent_{s}": h_in for s, h_in in enumerate(self._window)}
+        """Return what is supplied at this cut, by name.
+
+        `image` is for the encoder E, `image_X` for another letter X, and `recent_s` for the s-th
+        latest module input, s = 0 being the newest.
+        """
+        return self._images | {f"recent_{s}": h_in for s, h_in in enumerate(self._window)}
 
     def push(self, h_in: T) -> None:
-        """Add a module's input, at the next cut the newest, and drop the oldest."""
+        """Put a module's input in front of the window, and drop the oldest."""
         self._window.appendleft(h_in)
 
     def pushed(self) -> list[T]:
-        """What of the window was pushed, oldest first: all of it but the image."""
+        """Return the module inputs in the window, oldest first, without the image."""
         return [h_in for h_in in reversed(self._window) if h_in is not self._opening]
 
 
@@ -66,10 +78,10 @@ class Encoder(nn.Sequential):
     """Layers at a context's own size, then an average pool to the cut's size."""
 
     def forward(self, source: Tensor, size: tuple[int, int], group: int = 0) -> Tensor:
-        """Context (N, from_channels, H, W) -> (N, channels, *size).
+        """Return (N, channels, *size) for a context (N, from_channels, H, W).
 
-        With `group` > 0 the last layer runs that many channels at a time, and the backward computes
-        the maps again; with 0 it is the plain layers, which keep theirs.
+        With `group` > 0 the last layer runs that many channels at a time, and the backward
+        recomputes the maps. With 0 the plain layers run and keep their maps.
         """
         if group:
             return encode_in_groups(list(self), partial(pool, size=size), source, group)
@@ -77,7 +89,7 @@ class Encoder(nn.Sequential):
 
 
 class ImageEncoder(Encoder):
-    """M_E: image (N, 3, H, W) -> (N, channels, *size); two 3x3 convs."""
+    """M_E: two 3x3 convs, image (N, 3, H, W) -> (N, channels, *size) (README, equation 3)."""
 
     def __init__(self, channels: int, widen: float = 1.0) -> None:
         width = scaled_width(12, widen)
@@ -92,7 +104,7 @@ class ImageEncoder(Encoder):
 
 
 class RecentEncoder(Encoder):
-    """M_R: earlier module input (N, from_channels, H, W) -> (N, channels, *size); a 1x1 conv."""
+    """M_R: a 1x1 conv, (N, from_channels, H, W) -> (N, channels, *size) (README, equation 4)."""
 
     def __init__(self, from_channels: int, channels: int) -> None:
         super().__init__(
@@ -102,8 +114,20 @@ class RecentEncoder(Encoder):
         )
 
 
+IMAGE_ENCODERS: dict[str, Callable[[int, float], Encoder]] = {"E": ImageEncoder}
+"""Letter in `--context_mode` -> (channels, widen) -> encoder of the image (N, 3, H, W)."""
+
+
+def make_encoder(name: str, from_channels: int, channels: int, widen: float) -> Encoder:
+    """Return the encoder of a context that `Contexts.named` offers, for a cut of some channels."""
+    kind, _, which = name.partition("_")
+    if kind == "recent":
+        return RecentEncoder(from_channels, channels)
+    return IMAGE_ENCODERS[which or "E"](channels, widen)
+
+
 class ContextSupply(nn.ModuleDict):
-    """Adds each named context, encoded, to the features that enter a module (README, equation 1).
+    """Encoders that add each context to the features that enter a module (README, equation 1).
 
     The encoders belong to the module they supply and train on its loss. Module 0 has none.
     """
@@ -113,16 +137,14 @@ class ContextSupply(nn.ModuleDict):
     ) -> None:
         super().__init__(
             {
-                name: ImageEncoder(channels, widen)
-                if name == "image"
-                else RecentEncoder(from_channels, channels)
+                name: make_encoder(name, from_channels, channels, widen)
                 for name, from_channels in sources.items()
             }
         )
         self.group = group
 
     def forward(self, h: Tensor, contexts: dict[str, Tensor]) -> Tensor:
-        """h (N, C, S, S) and the contexts, all detached -> h_in (N, C, S, S)."""
+        """Return h_in (N, C, S, S) for h (N, C, S, S) and the contexts by name, all detached."""
         for name, encoder in self.items():
             context = encoder(contexts[name], h.shape[-2:], self.group)
             # In groups the context is nobody else's; a plain encoder's ReLU has saved it.
@@ -132,7 +154,7 @@ class ContextSupply(nn.ModuleDict):
 
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average pool to `size`; x itself where it has that already."""
+    """Return x average-pooled to `size`; x itself where it has that already."""
     if x.shape[-2:] == size:
         return x
     if torch.are_deterministic_algorithms_enabled():
@@ -142,9 +164,9 @@ def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _averages(x: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    """Matrices (S, H) and (S, W) that pool x (N, C, H, W) as adaptive pooling does.
+    """Return matrices (S, H) and (S, W) that pool x (N, C, H, W) as adaptive pooling does.
 
-    Its backward on CUDA adds in any order; that of a matrix product does not.
+    The backward of adaptive pooling on CUDA adds in any order; that of a matrix product does not.
     """
     matrices = []
     for count, total in zip(size, x.shape[-2:], strict=True):

@@ -19,7 +19,7 @@ from models.context import ContextMode, Contexts, ContextSupply, Encoder
 
 
 class LocalModule(nn.Module):
-    """The part of a network between two cuts, with the encoders, head and decoder that train with it.
+    """The part of a network between two cuts, with encoders, head and decoder of its own.
 
     Args:
         context: encoders of what is added to the features that enter.

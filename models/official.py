@@ -38,8 +38,10 @@ def _prefixes(index: int, module: LocalModule, last: bool) -> Iterator[tuple[str
     for position, (stage, block) in enumerate(module.unit_names):
         yield f"units.{position}.", "" if stage == 0 else f"layer{stage}.{block}."
     for name in module.context:
-        kind, _, s = name.partition("_")
-        encoder = f"resencoder_{index - 1}_{s}" if kind == "recent" else f"encoder_{index - 1}"
+        kind, _, which = name.partition("_")
+        encoder = f"encoder_{index - 1}"
+        if which:  # an encoder of the image other than E has a name that the release lacks
+            encoder = f"{'res' if kind == 'recent' else kind}encoder_{index - 1}_{which}"
         yield f"context.{name}.", f"cont_sup_node.{encoder}.encoder."
     stage, block = module.unit_names[-1]
     yield ("head.2.", "fc.") if last else ("head.", f"aux_classifier_{stage}_{block}.head.")
