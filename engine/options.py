@@ -273,8 +273,8 @@ def build_parser() -> Parser:
 
 NETWORK_OPTIONS = (
     "model", "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset",
-    "image_size", "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config", "aux_net_widen",
-    "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
+    "image_size", "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config",
+    "aux_net_widen", "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
