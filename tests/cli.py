@@ -14,6 +14,13 @@ from engine.checkpoint import read_checkpoint
 from engine.errors import exit_status
 from engine.signals import INTERRUPTS
 
+TINY_NET = [
+    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",
+    "--local_loss_mode", "cross_entropy", "--context_mode", "R0",
+    "--batch_size", "16", "--epochs", "3", "--seed", "5", "--device", "cpu",
+]  # fmt: skip
+TINY = [*TINY_NET, "--local_module_num", "2"]
+
 
 def main(monkeypatch, capsys, *arguments, script=train):
     """Exit status, output lines and error lines of train.py, or of another script."""
