@@ -8,7 +8,7 @@ the best ones, and they are metered as a network before a run relies on them.
 
 import contextlib
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
@@ -34,11 +34,9 @@ IMAGE_CHANNELS = 3
 
 
 class UnitCosts(NamedTuple):
-    """Of each unit: bytes of its output and its parameters; of its forward and its backward.
-
-    `kept` is all that the forward leaves, the output included. `backward` is all that is alive at
-    the peak of the backward. The last unit of a module is not recomputed, and its output stays for
-    the next module, so it has other numbers than those inside.
+    """Of each unit: its output; its parameters; what its forward leaves, the output included; and
+    all that is alive at the peak of its backward. The last two are others for the last unit of a
+    module, which is not recomputed and whose output stays for the next module.
     """
 
     output: np.ndarray
@@ -50,9 +48,8 @@ class UnitCosts(NamedTuple):
 
 
 class HeadCosts(NamedTuple):
-    """Of heads with their decoders: peak of forward and backward; output, which stays for the step.
-
-    `fixed` are weights, momentum and statistics. Each is a number, or an array of several heads'.
+    """Of one head with its decoder, or arrays of several: peak of forward and backward; output;
+    parameters; weights, momentum and statistics.
     """
 
     peak: Any
@@ -62,10 +59,8 @@ class HeadCosts(NamedTuple):
 
 
 class SupplyCost(NamedTuple):
-    """Of a context supply: peak of the forward, and what it leaves (the module's input included).
-
-    `backward` is the peak of the backward beyond what is alive when it starts. `fixed` are weights,
-    momentum and statistics.
+    """Of a context supply: peak of its forward; what that leaves, the module's input included; peak
+    of its backward beyond what is alive before; weights, momentum and statistics.
     """
 
     forward: int = 0
@@ -127,11 +122,10 @@ class Costs:
         return self._supplies[key]
 
     def modules_from(self, start: int, window: Contexts[Shape]) -> tuple[np.ndarray, np.ndarray]:
-        """Return two numbers of every module that may begin with unit `start`, the shortest first.
+        """Return peaks of the modules that may begin with unit `start`, the shortest first.
 
-        The first is its peak beyond what is alive all the time, which is the batch and every
-        module's weights, momentum and statistics. The second is what of those its head and its
-        context supply have.
+        They are beyond what is alive all the time: the batch, and all modules' weights, momentum
+        and statistics. What of the latter heads and context supply have is returned second.
         """
         supply = SupplyCost()
         contexts = at_start = at_end = 0
@@ -237,7 +231,7 @@ def _meter_units(
 
 def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCosts:
     """Return the costs of the module's head and decoder on features (N, C, S, S)."""
-    h_out = torch.empty(len(images), shape[0], shape[1], shape[1], requires_grad=True)
+    h_out = features(len(images), shape).requires_grad_()
     owned = nn.ModuleList(m for m in (module.head, module.decoder) if m is not None)
     with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
         before = meter.live
@@ -251,18 +245,14 @@ def supply_cost(
     arguments: dict[str, Any], batch_size: int, shape: Shape, sources: dict[str, Shape]
 ) -> SupplyCost:
     """Return the cost of supplying features of one shape with contexts of others."""
-
-    def features(shape: Shape) -> Tensor:
-        return torch.empty(batch_size, shape[0], shape[1], shape[1])
-
-    h = features(shape)
+    h = features(batch_size, shape)
     if not sources:
         return SupplyCost(kept=h.nbytes)
     channels = {name: source[0] for name, source in sources.items()}
     supply = ContextSupply(
         channels, shape[0], arguments["aux_net_widen"], arguments["context_group"]
     )
-    contexts = {name: features(source) for name, source in sources.items()}
+    contexts = {name: features(batch_size, source) for name, source in sources.items()}
     with LiveBytes([*supply.parameters(), *supply.buffers(), h, *contexts.values()]) as meter:
         before = meter.live
         h_in = supply(h, contexts)
@@ -284,10 +274,14 @@ def supply_cost(
     return SupplyCost(forward, kept, backward, fixed_bytes(supply))
 
 
+def features(batch_size: int, shape: Shape) -> Tensor:
+    """Return float32 features (N, C, S, S)."""
+    return torch.empty(batch_size, shape[0], shape[1], shape[1])
+
+
 def feature_bytes(batch_size: int, shape: Shape) -> int:
     """Return the bytes of float32 features (N, C, S, S)."""
-    channels, side = shape
-    return 4 * batch_size * channels * side * side
+    return 4 * batch_size * shape[0] * shape[1] ** 2
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -405,21 +399,16 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
     note = "" if arguments.get("amp", "off") == "off" else " (cuts are planned in float32)"
     arguments = arguments | {"amp": "off"}
     costs = Costs(arguments, batch_size)
-    for cuts in _cuts_that_may_fit(costs, kind, budget):
-        peak = metered_peak(arguments, batch_size, cuts)
-        if peak <= budget:
-            return Partition(cuts, peak)
-    raise InputError(_what_would_fit(costs, kind, budget) + note)
-
-
-def _cuts_that_may_fit(costs: Costs, kind: str, budget: int) -> Iterator[list[Cut]]:
-    """Yield cuts that fit the budget by the sum of the parts, of the fewest modules first."""
     for K in _allowed(costs, kind):
         if kind == "auto" and costs.search.peaks[K] > budget - costs.fixed:
             continue
         ends = _ends(costs, kind, K)
-        if max(costs.peaks(ends)) <= budget:
-            yield costs.cuts(ends)
+        if max(costs.peaks(ends)) <= budget:  # by the sum of the parts
+            cuts = costs.cuts(ends)
+            peak = metered_peak(arguments, batch_size, cuts)
+            if peak <= budget:
+                return Partition(cuts, peak)
+    raise InputError(_what_would_fit(costs, kind, budget) + note)
 
 
 def _allowed(costs: Costs, kind: str) -> list[int]:

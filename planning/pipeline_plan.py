@@ -113,9 +113,7 @@ def make_parallel_plan(
     """
     counts = process_counts(options.local_module_num, options.nproc, options.module_ranges)
     images = count_images(options.dataset, options.data_dir, options.limit_per_class)
-    batch_size, tflops, link_gbs = (
-        options.batch_size, options.device_tflops or 5, options.link_gbs or 12
-    )  # fmt: skip
+    batch_size, tflops, gbs = options.batch_size, options.device_tflops or 5, options.link_gbs or 12
     cuts = crossing(arguments, torch.device("cpu"), channels_last=False)
     flops = [module.train_flops_per_sample for module in plan.modules]
     alone = sum(flops) * images / (tflops * 1e12)
@@ -129,8 +127,8 @@ def make_parallel_plan(
                 for rank, modules in enumerate(ranges)
             ]
             devices, until_sent = map(list, zip(*planned, strict=True))
-            plans.append(plan_pipeline(devices, until_sent, batch_size, images, link_gbs, alone))
-    return ParallelPlan(tflops, link_gbs, batch_size, images, -(-images // batch_size), plans)
+            plans.append(plan_pipeline(devices, until_sent, batch_size, images, gbs, alone))
+    return ParallelPlan(tflops, gbs, batch_size, images, -(-images // batch_size), plans)
 
 
 class _Done:
