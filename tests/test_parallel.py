@@ -162,17 +162,21 @@ def test_compiled_and_ranges_by_measured_times(server):
 # Stopped, and continued by another number of processes
 
 
-@pytest.mark.parametrize(("name", "asked", "numbers"), [
-    ("R1E", 1, [2]), pytest.param("R4", 0, [4, 2], marks=slow)
+RANGES = {1: ["0-3"], 2: ["0-1", "2-3"], 3: ["0", "1-2", "3"], 4: ["0", "1", "2", "3"]}
+
+
+@pytest.mark.parametrize(("name", "asked", "numbers", "last"), [
+    ("R1E", 1, [2], 3), pytest.param("R4", 0, [4, 2], 1, marks=slow)
 ])  # fmt: skip
-def test_a_signal_to_one_stops_all_and_any_number_continues(server, alone, name, asked, numbers):
-    """Each is stopped in its sixth step, and one process ends the run."""
+def test_a_signal_to_one_stops_all_and_any_number_continues(
+    server, alone, name, asked, numbers, last
+):
+    """Some are stopped in their sixth step, and another number of processes ends the run."""
     folder, method = f"stopped_{name}", [*METHODS[name], "--resume", "auto"]
     stop = {asked: {"call": "train_step", "nth": 6, "send": ["SIGTERM"]}}
     steps = [(0, 0)]
     for number in numbers:
-        ranges = {2: ["0-1", "2-3"], 4: ["0", "1", "2", "3"]}[number]
-        how = [*method, "--module_ranges", *ranges]
+        how = [*method, "--module_ranges", *RANGES[number]]
         ended = together(server, number, folder, *how, plans=stop, status=143)
         steps.append(steps_done(server, folder))
         how = f"train.py: note: stopped by SIGTERM; continue with --resume {folder}/checkpoint.pt"
@@ -182,7 +186,10 @@ def test_a_signal_to_one_stops_all_and_any_number_continues(server, alone, name,
             said if rank == asked else [] for rank in range(1, number)
         ]
     assert sorted({*steps}) == steps
-    assert server.run(*TINY, *method, "--output_dir", folder).status == 0
+    if last == 1:
+        assert server.run(*TINY, *method, "--output_dir", folder).status == 0
+    else:
+        together(server, last, folder, *method, "--module_ranges", *RANGES[last])
     assert learned(server.folder / folder) == alone(name)[0]
 
 

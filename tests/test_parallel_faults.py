@@ -204,7 +204,7 @@ def test_busy_percent_is_of_the_waits_of_an_epoch(one):
     strategy.seconds_waited = lambda: next(seconds)
     strategy.waits = contextlib.ExitStack()
     strategy.waits.callback(log.append, "waited")
-    strategy.group.stop_signal = lambda: log.append("stop signal") or 0
+    strategy.group.store, strategy.group.stop_signal = None, lambda: log.append("stop signal") or 0
     batches = SimpleNamespace(sizes=lambda: [2], epoch=lambda epoch, skip: ["batch"])
     assert [*strategy.batches(batches, 1)] == ["batch"]
     assert (log, strategy.busy_percent) == (["stop signal", "waited"], 100)
@@ -259,6 +259,8 @@ def test_a_suspended_machine_is_not_silent():
         assert heartbeat._why() is None
     heartbeat._beat += int(HEARTBEAT_TIMEOUT)
     assert heartbeat._why() == "rank 1 has sent no heartbeat for 20 s"
+    Heartbeat(store, 1, 2).fail()
+    assert heartbeat._why() == ""  # rank 1 says why
 
 
 def test_processes_that_are_started_again_meet_anew():
