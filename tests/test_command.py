@@ -1,13 +1,11 @@
 """command.sh: the paper's experiments as train.py calls, and how they are run."""
 
 import os
-import pty
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -118,12 +116,6 @@ def test_shared_runs_are_trained_once():
     # Tables 1 and 2 are in Figure 5, 6 runs of Table 4 too, and Figure 4's K=16 is Table 2's.
     assert len(set(names)) == len(set(separately)) == 108 - 4 - 16 - 6 - 1
     assert len(names) == len(set(names)) + 1  # --balanced_memory says otherwise; auto skips it
-
-
-def test_balance_where_the_paper_has_it():
-    assert all("--balanced_memory" in line for line in
-               command("figure4", "--list").stdout.splitlines())  # fmt: skip
-    assert not any(o.balanced_memory for name in ("table2", "figure5") for o in listed(name))
 
 
 def test_seeds_epochs_data_and_options_of_your_own():
@@ -237,57 +229,6 @@ def test_a_signal_is_passed_on_to_the_run(clone, target, to_all, name, status):
     calls = (clone / "calls").read_text().splitlines()
     assert len(calls) == 2
     assert calls[1] == "saved"
-
-
-def in_the_foreground(command, folder):
-    """Run a command as an interactive shell does; return its status."""
-    pid = os.fork()
-    if not pid:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.chdir(folder)
-        os.execve(command[0], command, os.environ | {"WAITS": "yes"})
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    os.setpgid(pid, pid)
-    os.tcsetpgrp(0, pid)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def children(pid):
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def state_of(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
-
-
-def wait_until(is_so):
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_keys_of_a_terminal_reach_the_run(clone):
-    """Ctrl-Z stops it for a while, Ctrl-C for good; a terminal with TOSTOP lets it write."""
-    shell, terminal = pty.fork()
-    if not shell:
-        os._exit(in_the_foreground(["./command.sh", "table1"], clone))
-    strict = termios.tcgetattr(terminal)
-    strict[3] |= termios.TOSTOP  # what writes from the background is stopped
-    termios.tcsetattr(terminal, termios.TCSANOW, strict)
-    wait_until((clone / "begun").exists)
-    (script,) = children(shell)
-    (run,) = children(script)
-    os.write(terminal, b"\x1a")
-    wait_until(lambda: state_of(script) == state_of(run) == "T")
-    os.killpg(script, signal.SIGCONT)
-    wait_until(lambda: "T" not in (state_of(script), state_of(run)))
-    os.write(terminal, b"\x03")
-    assert os.waitstatus_to_exitcode(os.waitpid(shell, 0)[1]) == 130
-    assert (clone / "calls").read_text().splitlines()[1:] == ["saved"]
-    os.close(terminal)
 
 
 @pytest.mark.parametrize(

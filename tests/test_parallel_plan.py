@@ -111,15 +111,6 @@ def test_each_process_takes_what_was_planned(run):
     assert plan.devices[plan.peak_rank].peak_bytes == plan.peak_bytes
 
 
-def test_under_autocast_each_process_takes_nearly_what_was_planned():
-    """A plan of one process has fewer bytes of BatchNorm's statistics there, too."""
-    arguments = TINY | {"context_mode": "R2E", "amp": "bf16"}
-    ranges = [range(0, 1), range(1, 3), range(3, 4)]
-    (plan,) = plan_of(arguments, None, ranges=ranges)
-    peaks = [p[-1] for p in real_peaks(arguments, ranges, steps=IN_FLIGHT + 1)]
-    assert [device.peak_bytes for device in plan.devices] == pytest.approx(peaks, rel=1e-3)
-
-
 @pytest.mark.parametrize("run", RUNS[2:4], ids=str)
 def test_one_process_is_the_ordinary_plan(run):
     (alone,) = plan_of(TINY | run, [1])
@@ -181,14 +172,6 @@ def test_schedule_by_hand_where_the_link_is_slowest():
 
 def test_the_end_of_a_device_before_may_be_the_last():
     assert finish_times([(1, 9), (2, 0)], [0], [1] * 3) == [30, 23]
-
-
-def test_equal_devices_without_traffic():
-    for P, steps in ((1, 7), (3, 1), (4, 10), (8, 3)):
-        late = max(finish_times([(6.0, 0.0)] * P, [0.0] * (P - 1), [1] * steps))
-        assert late == (steps + P - 1) * 6
-        early = max(finish_times([(2.0, 4.0)] * P, [0.0] * (P - 1), [1] * steps))
-        assert early == steps * 6 + (P - 1) * 2
 
 
 def test_features_that_leave_at_the_end():
