@@ -24,7 +24,7 @@ from configs import DATASETS, InputError
 from dataloaders import Batches, ImageData, load_dataset
 from engine.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
 from engine.console import print_network, tolerant_output
-from engine.device import CompileTime, device_name, set_switches
+from engine.device import CompileTime, configure_backends, device_name
 from engine.errors import Diverged, run_script
 from engine.memory import readable
 from engine.options import build_parser, read_options
@@ -180,13 +180,7 @@ def make_network(job: Job, strategy: Strategy) -> tuple[ContSupNetwork, torch.de
     """Return the network, with the checkpoint's weights, on its device; print what it is."""
     options, checkpoint = job.options, job.checkpoint
     device = strategy.device(options.device)
-    set_switches(
-        device,
-        cudnn_benchmark=options.cudnn_benchmark,
-        tf32=options.tf32,
-        keeps_heap=options.keep_heap,
-        deterministic=options.deterministic,
-    )
+    configure_backends(device, options)
     strategy.divide(options, job.arguments, device)
     if checkpoint is not None:
         check_weights(checkpoint, job.arguments)

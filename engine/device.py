@@ -117,14 +117,3 @@ class CompileTime:
         if not self._depth:
             self.seconds += time.perf_counter() - self._start
             self.count += 1
-
-
-ready = move_to_device  # names that callers still use
-
-
-def set_switches(
-    device: torch.device, *, keeps_heap: bool, deterministic: bool = False, **switches: bool
-) -> None:
-    """Call configure_backends."""
-    options = {"keep_heap": keeps_heap, "deterministic": deterministic, **switches}
-    configure_backends(device, argparse.Namespace(**options))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dataloaders import Batches, ImageData
 from engine.checkpoint import Checkpoint
 from engine.console import Progress
-from engine.device import choose_device, ready
+from engine.device import choose_device, move_to_device
 from engine.memory import PeakMemory
 from engine.run_folder import RunFolder
 from engine.signals import INTERRUPTS
@@ -92,7 +92,9 @@ class Strategy:
         self, network: ContSupNetwork, options: argparse.Namespace, device: torch.device
     ) -> None:
         """Move what this process runs of the network to the device, and compile it if asked."""
-        ready(network, device, channels_last=options.channels_last, compiled=options.compile)
+        move_to_device(
+            network, device, channels_last=options.channels_last, compiled=options.compile
+        )
 
     def load_data(self, load: Callable[[], ImageData]) -> ImageData:
         """Return what `load` gives; raise InputError unless all ranks read the same data."""

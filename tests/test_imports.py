@@ -26,34 +26,27 @@ def breaches(root: Path) -> list[str]:
     ]
     for part, level in LEVELS.items():
         for path in sorted([*root.glob(f"{part}.py"), *root.glob(f"{part}/**/*.py")]):
-            for name, line, is_lazy in imports(ast.parse(path.read_text())):
-                if why := breach(part, level, name, is_lazy):
+            for name, line in imports(ast.parse(path.read_text())):
+                if why := breach(part, level, name):
                     lines.append(f"{path.relative_to(root)}:{line}: {name}: {why}")
     return lines
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
-    """Yield dotted name, line, and whether it is within a function, of each import.
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield dotted name and line of each import.
 
     `import torch` with `torch.distributed` in an expression counts as an import of that.
     """
-    in_functions = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        is_lazy = id(node) in in_functions
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno, is_lazy) for alias in node.names)
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:  # a relative one is of itself
-            yield from ((f"{node.module}.{a.name}", node.lineno, is_lazy) for a in node.names)
+            yield from ((f"{node.module}.{a.name}", node.lineno) for a in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
-            yield "torch.distributed", node.lineno, is_lazy
+            yield "torch.distributed", node.lineno
 
 
-def breach(part: str, level: int, name: str, is_lazy: bool) -> str | None:
+def breach(part: str, level: int, name: str) -> str | None:
     """Return what is wrong with an import of `name` in `part`, or None."""
     other = name.split(".")[0]
     if f"{name}.".startswith("torch.distributed.") and part != "parallel":
@@ -64,8 +57,6 @@ def breach(part: str, level: int, name: str, is_lazy: bool) -> str | None:
         return None
     if LEVELS[other] >= level:
         return f"{part} comes before {other}, or beside it"
-    if other == "parallel" and part != "planning" and not is_lazy:
-        return "imports of parallel/ belong in the functions that need them"
     return None
 
 
@@ -87,8 +78,6 @@ def test_imports_point_one_way():
         ("engine/a.py", "from torch import distributed", "torch.distributed"),
         ("planning/a.py", "from torch.distributed import rpc", "torch.distributed"),
         ("train.py", "import torch\n\ntorch.distributed.barrier()", "torch.distributed"),
-        ("report/a.py", "from parallel.stages import check_ranges", "functions"),
-        ("train.py", "import parallel", "functions"),
         ("engine/a.py", "def f():\n    import matplotlib.pyplot", "matplotlib"),
         ("helpers.py", "", "root"),
     ],
@@ -110,7 +99,7 @@ def test_a_wrong_import_is_found(tmp_path, file, source, why):
         ("parallel/a.py", "import torch.distributed\nfrom engine import step"),
         ("planning/a.py", "from parallel.stages import check_ranges"),
         ("report/a.py", "import matplotlib.pyplot\nfrom planning import plan"),
-        ("train.py", "def main():\n    from parallel.launch import make_strategy"),
+        ("train.py", "from parallel.launch import make_strategy"),
         ("tests/a.py", "import train, torch.distributed"),
     ],
 )
