@@ -20,7 +20,6 @@ import train
 from configs import InputError
 from engine import files, run_folder, training
 from engine.checkpoint import (
-    CannotSave,
     Checkpoint,
     load_weights,
     read_checkpoint,
@@ -194,26 +193,21 @@ HOW = "live tensor storage counted by engine/memory.py in the first two full tra
 @pytest.mark.parametrize(
     "parts",
     [
-        {"epoch": -1}, {"epoch": True}, {"epoch": 1.0}, {"epoch": "1"}, {"epoch": nested(60)},
-        {"options": None}, {"options": [1]}, {"options": {1: 2}},
-        {"options": {"layers": nested(60)}},
+        {"epoch": -1}, {"epoch": True}, {"epoch": 1.0}, {"epoch": nested(60)},
+        {"options": [1]}, {"options": {1: 2}}, {"options": {"layers": nested(60)}},
         {"classes": "abc"}, {"classes": [1]},
         {"history": [1]}, {"history": [ROW | {"epoch": 2}]}, {"history": [ROW, ROW]},
         {"history": [ROW | {"test_error": float("nan")}]}, {"history": [{}]},
         {"history": [ROW | {"more": nested(60)}]}, {"history": [ROW | {"more": torch.zeros(1)}]},
-        {"scalers": [{}]}, {"scalers": [1]}, {"scalers": None},
-        {"totals": {"steps": -1}}, {"totals": [1]}, {"totals": {"steps": 2}},
+        {"scalers": [{}]}, {"scalers": None}, {"totals": [1]}, {"totals": {"steps": 2}},
         {"totals": GOOD | {"losses": torch.zeros(3, dtype=torch.float64)}},
         {"totals": GOOD | {"losses": torch.zeros(2)}},
         {"totals": GOOD | {"losses": torch.full((2,), float("nan"), dtype=torch.float64)}},
         {"totals": GOOD | {"steps": 2.0}}, {"totals": GOOD | {"steps": 99}},
-        {"totals": GOOD | {"steps": 0}}, {"totals": GOOD | {"steps": "2"}},
-        {"totals": GOOD | {"samples": "16"}}, {"totals": GOOD | {"samples": 0}},
-        {"totals": GOOD | {"samples": nested(60)}}, {"totals": GOOD | {"seconds": 0.0}},
-        {"peak": {"bytes": 1}}, {"peak": {"bytes": None, "largest": 1, "steps": 1, "how": ""}},
-        {"peak": {"bytes": "1", "largest": 1, "steps": 1, "how": HOW}},
-        {"peak": {"bytes": 1e308, "largest": 1, "steps": 1, "how": ""}},
-        {"state_dict": torch.zeros(2)}, {"state_dict": [1]}, {"momentum": None},
+        {"totals": GOOD | {"steps": 0}}, {"totals": GOOD | {"samples": nested(60)}},
+        {"totals": GOOD | {"seconds": 0.0}},
+        {"peak": {"bytes": 1}}, {"peak": {"bytes": "1", "largest": 1, "steps": 1, "how": HOW}},
+        {"state_dict": torch.zeros(2)}, {"momentum": None},
         {"momentum": {"unknown": torch.zeros(1)}},
         {"more": 1}, {"format": "contsup-9"}, {"format": nested(60)},
     ],
@@ -229,23 +223,16 @@ def test_parts_that_are_not_what_they_should_be(refused, parts):
     ("options", "message"),
     [
         ({"output_dir": "elsewhere"}, "'output_dir' 'elsewhere', which no run has"),
-        ({"resume": "auto"}, "which no run has"),
-        ({"cuts": ["--output_dir=elsewhere"]}, "which no run has"),
         ({"cuts": [["--output_dir=elsewhere", 1]]}, "which no run has"),
         ({"loss_scale": {"a": 1}}, "its options is not what it should be"),
         ({"checkpoint": "../elsewhere"}, "a folder out of the run's, ../elsewhere"),
-        ({"checkpoint": "/elsewhere"}, "a folder out of the run's, /elsewhere"),
         ({"checkpoint": "a/../../elsewhere"}, "a folder out of the run's"),
         ({"name": "../elsewhere"}, "no part of a folder's name"),
-        ({"no": "a/../../elsewhere"}, "no part of a folder's name"),
         ({"unheard_of": 1}, "have 'unheard_of' 1, which no run has"),
         ({"layers --output_dir": 1}, "which no run has"),
-        ({"output_dir=elsewhere/a": []}, "which no run has"),
         ({"output_dir=elsewhere/a": "x"}, "which no run has"),
-        ({"print-freq": 1}, "which no run has"),
         ({"layers": "many"}, "'many' is not a whole number"),
         ({"context_mode": "../../E"}, "unknown context_mode"),
-        ({"aux_net_config": "../../1c2f"}, "unknown aux_net_config"),
         # A small file that asks for a large network
         ({"aux_net_widen": 1000.0, "aux_net_config": "1c2f"}, "of another architecture"),
         ({"layers": 99998}, "of another architecture"),
@@ -365,24 +352,6 @@ def test_an_older_best_is_not_what_a_run_goes_on_from(refused, finished):
     assert "that run/model_best.pt is not the state of" in line
 
 
-def test_auto_after_a_cut_between_the_two_files_of_the_last_epoch(train_py, finished, monkeypatch):
-    save = training.save_checkpoint
-
-    def save_or_stop(path, state):
-        if path.name == "checkpoint.pt" and state.epoch == 2:
-            raise CannotSave("as planned")
-        save(path, state)
-
-    monkeypatch.setattr(training, "save_checkpoint", save_or_stop)
-    method = [*TINY, "--context_mode", "R0", "--output_dir", "run"]
-    assert train_py(*method)[0] == 1
-    monkeypatch.setattr(training, "save_checkpoint", save)
-    states = [read_checkpoint(f"run/{name}.pt").epoch for name in ("checkpoint", "model_best")]
-    assert states == [1, 2]
-    assert train_py(*method, "--resume", "auto")[0] == 0
-    assert end_of("run")["states"] == end_of(finished / "R0")["states"]
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "best", "newest"),
     [((1, 2), (1, 0), "checkpoint.pt"), ((1, 2), (2, 0), "model_best.pt"),
@@ -437,17 +406,6 @@ def test_a_checkpoint_of_before_histories_goes_on(train_py, finished):
 
 
 # How files are written
-
-
-def test_what_cannot_be_saved_leaves_what_was_there(here):
-    before = Checkpoint(1, {"a": torch.zeros(2)}, {}, {}, [])
-    save_checkpoint(here / "a.pt", before)
-    with pytest.raises(CannotSave, match=r"cannot write .*missing/a.pt: .*No such file"):
-        save_checkpoint(here / "missing" / "a.pt", before)
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(here / "a.pt", before._replace(options={"a": lambda: None}))
-    assert read_checkpoint(here / "a.pt").epoch == 1
-    assert [path.name for path in here.iterdir()] == ["a.pt"]
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(here, monkeypatch):

@@ -12,6 +12,7 @@ from fork_server import ROOT
 STEPS_AN_EPOCH, EPOCHS = 50, 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_and_open_files_stay_flat_over_2000_steps(tmp_path):
     """Seen from outside, at each line that says a step is done."""

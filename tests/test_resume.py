@@ -10,12 +10,13 @@ from engine.checkpoint import read_checkpoint
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
-    "--context_mode", "R1E", "--droprate", "0.1", "--batch_size", "4", "--epochs", "3",
-    "--local_loss_mode", "cross_entropy", "--device", "cpu",
+    "--context_mode", "R1E", "--local_loss_mode", "cross_entropy", "--droprate", "0.1",
+    "--batch_size", "4", "--epochs", "3", "--device", "cpu",
 ]  # fmt: skip
 STEPS = 5
+"""Of an epoch."""
 
-FORMATS = {
+KINDS = {
     "plain": [],
     "often": ["--checkpoint_every", "2"],
     "all": ["--checkpoint_every", "1", "--local_loss_mode", "contrast", "--h_reconstruct",
@@ -25,93 +26,128 @@ FORMATS = {
 
 
 @pytest.fixture(scope="module")
-def whole(server):
-    """By the name of its options, what an uninterrupted run ends as, and the lines that it runs."""
+def expected(server):
+    """By the kind of run, what an uninterrupted one ends as."""
     found = {}
 
     def run(kind):
         if kind not in found:
-            ended = server.run(*TINY, *FORMATS[kind], "--output_dir", f"whole_{kind}", line=0)
+            ended = server.run(*TINY, *KINDS[kind], "--output_dir", f"expected_{kind}")
             assert (ended.status, ended.err) == (0, [])
-            found[kind] = end_of(server.folder / f"whole_{kind}"), ended.lines
+            found[kind] = end_of(server.folder / f"expected_{kind}")
+            assert [m["epoch"] for m in found[kind]["metrics"]] == [1, 2, 3]
         return found[kind]
 
     return run
 
 
-def assert_ends_like(folder, expected):
-    end = end_of(folder)
-    assert [m["epoch"] for m in end["metrics"]] == [1, 2, 3]
-    assert end == expected
-    assert not list(folder.glob("*.tmp"))
+def assert_ends_like(server, method, expected):
+    name = method[-1]
+    assert end_of(server.folder / name) == expected
+    assert not list((server.folder / name).glob("*.tmp"))
+    again = server.run(*method)
+    assert (again.status, again.out) == (0, [f"{name} is finished: all 3 epochs are done"])
 
 
-def moments(lines):
-    """20 ways to die, each at a random moment: by a clock, at a line of the training or of the
-    writing of files, and in the middle of a write.
-    """
+KILLS = [
+    {"call": "train_step", "nth": 4},  # with a checkpoint of step 2
+    {"call": "save_checkpoint", "nth": 3},  # between the two files of an epoch: steps 4, best, this
+    {"line": 4, "files": ["engine/files.py"]},  # a file is open and empty
+    {"limit": 300_000, "deadly": True},  # in the middle of a checkpoint
+    {"call": "add_summary"},
+]
+
+
+def test_killed_at_chosen_moments(server, expected):
+    """One run, killed again and again: each start goes on from what the last one left."""
+    end = expected("often")
+    method = [*TINY, *KINDS["often"], "--resume", "auto", "--output_dir", "killed"]
+    for plan in KILLS:
+        ended = server.run(*method, **plan)
+        assert ended.status in (-signal.SIGKILL, -signal.SIGXFSZ), (plan, ended.err)
+    assert server.run(*method).status == 0
+    assert_ends_like(server, method, end)
+
+
+@pytest.mark.parametrize(
+    "kind", ["often", "all", *(pytest.param(k, marks=pytest.mark.slow) for k in ("plain", "fp16"))]
+)
+def test_stopped_by_signals(server, expected, kind):
+    """In a step, in an evaluation, and while a checkpoint is written."""
+    end = expected(kind)
+    method = [*TINY, *KINDS[kind], "--resume", "auto", "--output_dir", f"stopped_{kind}"]
+    for call, nth, name, status, done in (
+        ("train_step", 3, "SIGTERM", 143, (0, 3)),
+        ("evaluate", 1, "SIGINT", 130, (0, STEPS)),
+        ("add_epoch", 1, "SIGTERM", 143, (1, 1)),
+    ):
+        ended = server.run(*method, call=call, nth=nth, send=[name])
+        assert ended.status == status, ended.err
+        how = f"--resume stopped_{kind}/checkpoint.pt"
+        assert ended.err[-1] == f"train.py: note: stopped by {name}; continue with {how}"
+        assert read_checkpoint(server.folder / f"stopped_{kind}" / "checkpoint.pt").done == done
+    assert server.run(*method).status == 0
+    assert_ends_like(server, method, end)
+
+
+def random_kills(lines):
+    """20 deaths at random: by a clock, at a line of the training or of files, in a write."""
     chance = random.Random(0)
     files = ["engine/files.py", "engine/checkpoint.py"]
     plans = [
         *({"after": chance.uniform(0.05, 0.7)} for _ in range(5)),
         *({"line": chance.randrange(1, lines)} for _ in range(5)),
-        *({"line": chance.randrange(1, 800), "files": files} for _ in range(5)),
+        *({"line": chance.randrange(1, 400), "files": files} for _ in range(5)),
         *({"limit": chance.randrange(1_000, 700_000), "deadly": True} for _ in range(5)),
     ]
     chance.shuffle(plans)
     return plans
 
 
-def test_killed_at_20_random_moments(server, whole):
+@pytest.mark.slow
+def test_killed_at_20_random_moments(server, expected):
     """Each run dies and goes on until it is finished, some of them several times."""
-    expected, lines = whole("often")
-    method = [*TINY, *FORMATS["often"], "--resume", "auto"]
+    end = expected("often")
+    lines = server.run(*TINY, *KINDS["often"], "--output_dir", "counted", line=0).lines
     killed = folders = 0
-    plans = moments(lines)
+    plans = random_kills(lines)
     while plans:
         folders += 1
         assert folders < 30
-        folder = server.folder / f"killed_{folders}"
+        method = [*TINY, *KINDS["often"], "--resume", "auto", "--output_dir", f"random_{folders}"]
         status = None
         while status != 0:
             plan = plans.pop() if plans else {}
-            ended = server.run(*method, "--output_dir", folder.name, **plan)
-            status = ended.status
-            assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ), ended.err
+            status = server.run(*method, **plan).status
+            assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ)
             if status:
                 killed += 1
-            elif plan:
-                sooner = {"after": plan["after"] / 2} if "after" in plan else plan
-                plans.insert(0, sooner)  # it came too late
-        assert_ends_like(folder, expected)
-        again = server.run(*method, "--output_dir", folder.name)
-        assert again.status == 0
-        assert again.out == [f"{folder.name} is finished: all 3 epochs are done"]
+            elif plan:  # it came too late
+                sooner = {name: n / 2 if name == "after" else n for name, n in plan.items()}
+                if "line" in plan:
+                    sooner["line"] = plan["line"] // 2
+                plans.insert(0, sooner)
+        assert_ends_like(server, method, end)
     assert killed == 20
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_stopped_by_a_signal_again_and_again(server, whole, kind):
+@pytest.mark.slow
+def test_stopped_by_a_signal_again_and_again(server, expected):
     """Steps and evaluations are cut short, each at a random line."""
-    expected, _ = whole(kind)
+    end = expected("often")
     chance = random.Random(0)
-    method = [*TINY, *FORMATS[kind], "--output_dir", f"stopped_{kind}", "--resume", "auto"]
-    statuses, stops = [], []
+    method = [*TINY, *KINDS["often"], "--resume", "auto", "--output_dir", "often_stopped"]
+    statuses, stops = [], set()
     while not statuses or statuses[-1]:
+        assert len(statuses) < 100
         name, status = chance.choice([("SIGINT", 130), ("SIGTERM", 143)])
-        line = chance.randrange(100, 700)
+        line = chance.randrange(50, 500)
         ended = server.run(*method, line=line, files=["engine/step.py"], send=[name])
         statuses.append(ended.status)
-        assert len(statuses) < 100
-        if ended.status:
-            assert ended.status == status, ended.err
-            if ended.err[-1] == "interrupted":  # the first step had not begun
-                continue
-            if ended.err[-1] == f"train.py: note: stopped by {name}; the run is finished":
-                break  # nor was there another one
-            how = f"--resume stopped_{kind}/checkpoint.pt"
-            assert ended.err[-1] == f"train.py: note: stopped by {name}; continue with {how}"
-            state = read_checkpoint(server.folder / f"stopped_{kind}" / "checkpoint.pt")
-            stops.append((state.epoch, state.step))
-    assert {STEPS} < {step for _, step in stops}  # within an evaluation, and before
-    assert_ends_like(server.folder / f"stopped_{kind}", expected)
+        assert ended.status in (0, status), ended.err
+        if ended.status and ended.err[-1].endswith("the run is finished"):
+            break
+        if ended.status and ended.err[-1] != "interrupted":  # that was before the first step
+            stops.add(read_checkpoint(server.folder / "often_stopped/checkpoint.pt").step)
+    assert {STEPS} < stops  # within an evaluation, and before
+    assert_ends_like(server, method, end)
