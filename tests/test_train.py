@@ -275,6 +275,8 @@ def test_the_peak_is_that_of_the_last_options_for_memory(train_py):
         (["--resume", "run/checkpoint.pt", "--epochs", "4"], "of other options (epochs 3, now 4"),
         (["--resume", "run/model_best.pt", "--epochs", "9"], "of other options (epochs 3, now 9"),
         (["--resume", "auto", "--lr", "0.2"], "of other options (lr 0.1, now 0.2"),
+        (["--resume", "auto", "--amp", "bf16"], "of other options (amp off, now bf16"),
+        (["--resume", "auto", "--tf32"], "of other options (tf32 False, now True"),
     ],
 )
 def test_a_finished_run_is_not_overwritten(refused, finished, options, message):
@@ -359,32 +361,27 @@ def make_images(folder, seed=0):
                 Image.fromarray(pixels).save(Path(folder, part, name, f"{i}.png"))
 
 
-def test_folder_run_is_evaluated_without_its_training_images(train_py, refused):
-    make_images("images")
-    assert train_py(*INTO_RUN, "--dataset", "folder", "--data_dir", "images")[0] == 0
-    Path("images/train").rename("images/unused")
-    status, out, _ = train_py("--evaluate", "run/checkpoint.pt")
-    assert status == 0
-    assert f"test error {metrics_of('run')[-1]['test_error']:.2f} %, " in out[-1]
-    state = read_checkpoint("run/checkpoint.pt").state_dict
-    assert state["local_modules.1.head.2.bias"].shape == (2,)
-    Path("images/test/bee").rename("images/test/wasp")
-    message = refused("--evaluate", "run/checkpoint.pt")
-    assert "other classes (ant, bee) than the data have (ant, wasp)" in message
-
-
-def test_auto_tells_images_of_ones_own_apart(train_py, refused):
+def test_images_of_ones_own(train_py, refused):
     method = [*TINY, "--dataset", "folder", "--epochs", "1", "--resume", "auto"]
     for seed, folder in enumerate(("one", "two")):
         make_images(folder, seed)
         assert train_py(*method, "--data_dir", folder)[0] == 0
-    names = sorted(path.name.split("_")[0] for path in Path("runs").iterdir())
-    assert names == ["folder-one", "folder-two"]
+    one, two = sorted(Path("runs").iterdir())
+    assert (one.name.split("_")[0], two.name.split("_")[0]) == ("folder-one", "folder-two")
+    same_folder = [*method, "--output_dir", one]
+    assert "dataset folder-one, now folder-two" in refused(*same_folder, "--data_dir", "two")
     Path("elsewhere").mkdir()
-    Path("one").rename("elsewhere/one")  # the same images in another place
+    Path("one").rename("elsewhere/one")
     assert "is finished" in train_py(*method, "--data_dir", "elsewhere/one/")[1][0]
-    same = [*method, "--output_dir", str(next(Path("runs").glob("folder-one*")))]
-    assert "dataset folder-one, now folder-two" in refused(*same, "--data_dir", "two")
+
+    evaluation = ["--evaluate", two / "checkpoint.pt"]
+    Path("two/train").rename("two/unused")  # which takes no training images
+    assert f"test error {metrics_of(two)[-1]['test_error']:.2f} %, " in train_py(*evaluation)[1][-1]
+    state = read_checkpoint(two / "checkpoint.pt").state_dict
+    assert state["local_modules.1.head.2.bias"].shape == (2,)
+    Path("two/test/bee").rename("two/test/wasp")
+    message = refused(*evaluation)
+    assert "other classes (ant, bee) than the data have (ant, wasp)" in message
 
 
 # Evaluation, and checkpoints of the authors' release
@@ -495,15 +492,12 @@ def test_what_is_no_checkpoint_is_refused(refused):
     [
         ("", "h_reconstruct", False),
         ("--h_reconstruct", "h_reconstruct", True),
-        ("--h_reconstruct True", "h_reconstruct", True),
         ("--h_reconstruct False", "h_reconstruct", False),
         ("", "cos_lr", True),
-        ("--cos_lr", "cos_lr", True),
         ("--cos_lr False", "cos_lr", False),
         ("--no-cos_lr", "cos_lr", False),
         ("--print-freq 5 -p 7", "print_freq", 7),
         ("", "warmup_epochs", 10),
-        ("--epochs 1", "warmup_epochs", 1),
         ("--epochs 16", "warmup_epochs", 1),
         ("--epochs 17", "warmup_epochs", 2),
         ("--epochs 17 --no-cos_lr", "warmup_epochs", 0),
@@ -579,13 +573,9 @@ def test_run_names_differ_with_the_options():
         (1, (160, 0.8, 10, True), 0.01),
         (2, (160, 0.8, 10, True), 0.9 * 0.01 + 0.1 * 0.4 * (1 + math.cos(math.pi / 80))),
         (10, (160, 0.8, 10, True), 0.1 * 0.01 + 0.9 * 0.4 * (1 + math.cos(math.pi / 16))),
-        (11, (160, 0.8, 10, True), 0.4 * (1 + math.cos(math.pi * 11 / 160))),
-        (80, (160, 0.8, 10, True), 0.4),
         (160, (160, 0.8, 10, True), 0.0),
         (1, (160, 0.001, 10, True), 0.001),  # a warm-up never starts above the rate
-        (79, (160, 0.8, 0, False), 0.8),
         (80, (160, 0.8, 0, False), 0.08),
-        (119, (160, 0.8, 0, False), 0.08),
         (120, (160, 0.8, 0, False), 0.008),
     ],
 )
