@@ -6,6 +6,7 @@ batch, and the training is that of one process but for the order of sums.
 """
 
 import argparse
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from operator import mul
@@ -101,6 +102,8 @@ class DataParallelStrategy(ParallelStrategy):
         Weights and statistics become those of rank 0. Names in the network's state_dict stay.
         """
         super().place(network, options, device)
+        # The weight of a 1x1 convolution and its gradient may differ in the strides of sizes 1.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         for module in network.stage:
             if self.sync_bn:
                 SyncBatchNorm2d.convert(module)
