@@ -98,9 +98,9 @@ def test_one_that_stands_still(server):
 @slow
 def test_a_loss_that_is_not_finite_on_another_rank(server):
     """The rank that has the module names it, in the words of a run in one process."""
-    more = ["--lr", "1000", "--no-cos_lr", "-p", "1", "--output_dir"]
-    alone = server.run(*RUN[:-4], *more, "diverges_alone")
-    ended = server.run_together(2, *RUN[:-2], *HALVES, *more, "diverges")
+    method = [*TINY, *METHODS["R0"], "--lr", "1000", "--no-cos_lr", "-p", "1", "--output_dir"]
+    alone = server.run(*method, "diverges_alone")
+    ended = server.run_together(2, *method, "diverges", "--parallel", "modules", *HALVES)
     assert alone.status == 3 and 3 in [each.status for each in ended]
     (said,) = errors(ended)
     assert "is not finite from step" in said
