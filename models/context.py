@@ -148,7 +148,8 @@ class ContextSupply(nn.ModuleDict):
         for name, encoder in self.items():
             context = encoder(contexts[name], h.shape[-2:], self.group)
             # In groups the context is nobody else's; a plain encoder's ReLU has saved it.
-            in_place = self.group and context.dtype == h.dtype
+            own = self.group and context is not contexts[name]
+            in_place = own and context.dtype == h.dtype
             h = context.add_(h) if in_place else h + context
         return h
 

@@ -20,7 +20,6 @@ def is_faster_for(layer: nn.Module, x: Tensor) -> bool:
         and layer.weight is not None
         and layer.track_running_stats
         and layer.running_mean is not None
-        and layer.momentum is not None
         and x.shape[1] % 16 > 0
         and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -35,9 +34,12 @@ def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
         count = x.numel() / x.shape[1]
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
-        layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
+        momentum = layer.momentum
+        if momentum is None:  # the mean of all batches
+            momentum = 1 / float(layer.num_batches_tracked)
+        layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
         var = var * (count / (count - 1))
-        layer.running_var.lerp_(var.to(layer.running_var.dtype), layer.momentum)
+        layer.running_var.lerp_(var.to(layer.running_var.dtype), momentum)
     return out
 
 
