@@ -1,1 +1,1 @@
-"""Tables and figures from what runs have left: `python -m report runs`."""
+"""The paper's tables and figures, from the files of runs: `python -m report runs`."""

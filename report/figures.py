@@ -1,185 +1,226 @@
-"""What is drawn, with matplotlib: plain numbers go in, a Figure comes out."""
+"""The figures: error against memory and K as in the paper, learning curves, error by depth."""
 
-import math
+import re
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable
 from itertools import cycle
+from pathlib import Path
 
-import numpy as np
-import torch
+import matplotlib
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-from torchvision.utils import make_grid
 
-COLOURS = {"end to end": "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
-           "R1E": "tab:red", "R2": "tab:green", "R4": "tab:purple", "R8": "tab:brown",
-           "R16": "tab:pink", "R2E": "darkgreen", "R4E": "orchid", "R8E": "gold",
-           "R16E": "tab:cyan", "test": "tab:blue", "train": "tab:blue",
-           "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
-"""By label, so that a line has its colour whatever else is there; others get `OTHERS`."""
+from configs import DATASETS, InputError
+from engine.files import replacing
+from engine.memory import MIB
+from engine.options import NETWORK_OPTIONS
+from planning.plan import end_to_end_peaks
+from report.results import END_TO_END
+from report.tables import TABLES, fill
 
-OTHERS = ("tab:olive", "navy", "limegreen", "salmon", "teal", "indigo")
-"""For lines with other labels, in turn."""
+ERROR_LAST = "test error at the last epoch, %"
 
-NOTE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-"""What a note at a point stands on, so that no line strikes it through."""
+COLORS = {END_TO_END: "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
+          "R1E": "tab:red", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
+OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+
+Panels = dict[str, dict[str, pd.DataFrame]]
+"""Title of a panel -> label of a line -> points.
+
+Points are indexed by x. Columns: `mean`, `std` (NaN for one seed), and `train` for a dashed line.
+"""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a figure; error rates are in percent.
+# A user's matplotlibrc does not change the figures, nor make them need LaTeX.
+@matplotlib.rc_context(matplotlib.rcParamsDefault)
+def write_figures(runs: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write PNG files of all figures that there are finished runs for; raise OSError."""
+    paths = []
+    for name, figure in draw_figures(runs, cells).items():
+        paths.append(folder / f"{name}.png")
+        with replacing(paths[-1]) as file:
+            figure.savefig(file, format="png", dpi=120)
+    return paths
 
-    Attributes:
-        label: for the legend, and the colour's key.
-        x, y: its points.
-        spread: standard deviation of each y, nan where there is but one run; empty: none is known.
-        notes: written at the points, if any.
-        dashed: drawn so, and left out of the legend.
+
+def draw_figures(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Figure]:
+    """Return name -> figure, from what `read_runs` and `over_seeds` return."""
+    runs, cells = runs[~runs.is_plan], cells[cells.n > 0]
+    figures = {}
+    for table in TABLES:
+        if draw := {"figure4": figure4, "figure5": figure5}.get(table.name):
+            for setting, filled in fill(table, cells).groupby("setting", sort=False):
+                inputs = filled.dropna(subset="n"), runs[runs.setting == setting]
+                figure = draw(f"{table.title}\n{setting}", *inputs)
+                figures[file_name(table.name, setting)] = figure
+    for (setting, layers), group in runs.groupby(["setting", "layers"], sort=False):
+        for name, points_of, labels in (
+            ("learning_curves", by_epoch, ("epoch", "test error, %")),
+            ("error_by_depth", by_module, ("module", "error of its head, %\n(dashed: train)")),
+        ):
+            if panels := panels_by_loss(group, points_of):
+                figure = draw_panels(f"ResNet-{layers}, {setting}", *labels, panels)
+                figures[file_name(f"{name}_resnet{layers}", setting)] = figure
+    for figure in figures.values():
+        add_legend(figure)
+    return figures
+
+
+def file_name(name: str, setting: str) -> str:
+    """Return `name` with the data and options, unless they are CIFAR-10 and as published."""
+    setting = setting.removesuffix(", published options")
+    if setting != "cifar10":
+        name = f"{name}_{setting}".replace(", ", "_")
+    name = re.sub(r"[^\w.+-]", "-", name)
+    return name if len(name) <= 200 else f"{name[:190]}_{zlib.crc32(name.encode()):08x}"
+
+
+def figure4(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Draw error against peak memory: a line for each net, a point for each K.
+
+    Vertical lines are the planned peaks of end-to-end training with the options of `runs`.
     """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    spread: Sequence[float] = ()
-    notes: Sequence[str] = ()
-    dashed: bool = False
-
-
-def colours(labels: Iterable[str]) -> dict[str, str]:
-    """A colour for each label of a figure."""
-    others = cycle(OTHERS)
-    return {label: COLOURS.get(label) or next(others) for label in dict.fromkeys(labels)}
-
-
-def draw(axes: Axes, line: Line, colour: str, points: bool) -> None:
-    """One line: with `points`, marks and bars of its spread; without, a band of its spread."""
-    how = {
-        "color": colour,
-        "linestyle": "--" if line.dashed else "-",
-        "label": "_" + line.label if line.dashed else line.label,
-    }
-    spread = line.spread or [math.nan] * len(line.y)
-    if points:
-        axes.errorbar(line.x, line.y, yerr=spread, marker="o", markersize=4, capsize=3, **how)
-    else:
-        mark = "o" if len(line.x) == 1 else ""
-        axes.plot(line.x, line.y, linewidth=1.4, marker=mark, **how)
-        if np.isfinite(spread).any():
-            low, high = np.subtract(line.y, spread), np.add(line.y, spread)
-            axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
-    for x, y, note in zip(line.x, line.y, line.notes, strict=False):
-        axes.annotate(
-            note, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small", bbox=NOTE
-        )
-
-
-def panels(
-    title: str, x_label: str, y_label: str, lines: dict[str, list[Line]], points: bool = False
-) -> Figure:
-    """Axes side by side, one for each entry of `lines` and titled by its name."""
-    across = min(len(lines), 4)
-    down = -(-len(lines) // across)
-    width = max(7, 4 * across)
-    figure = Figure(figsize=(width, 1 + 3.6 * down), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharey=True)
-    colour = colours(line.label for drawn in lines.values() for line in drawn)
-    for axes, (name, drawn) in zip(grid.flat, lines.items(), strict=False):
-        for line in drawn:
-            draw(axes, line, colour[line.label], points)
-        axes.set(title=name, xlabel=x_label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(lines) :]:
-        axes.remove()
-    for row in grid:
-        row[0].set_ylabel(y_label)
-    figure.suptitle(wrapped(title, width), fontsize="medium")
-    legend(figure, columns=6)
+    cells = cells.assign(peak=cells.peak_memory_bytes / MIB)
+    panels = {"": error_points(cells, "method", "peak")}
+    figure = draw_panels(title, "peak memory, MiB", ERROR_LAST, panels, with_points=True)
+    (axes,) = figure.axes
+    for K, *point in cells[["K", "peak", "error_last_mean"]].to_numpy():
+        axes.annotate(f"K={K:g}", point, (5, 5), textcoords="offset points", fontsize="small")
+    colors = choose_colors(cells.method)
+    styles = {":": "end to end, planned", "--": "end to end with --recompute, planned"}
+    for style, label in styles.items():  # of the legend
+        axes.plot([], [], color="black", linestyle=style, label=label)
+    for net, group in cells.groupby("method", sort=False):
+        config = runs.config[runs.layers == group.layers.iloc[0]].iloc[0]
+        arguments = {name: config[name] for name in NETWORK_OPTIONS if name in config}
+        arguments["num_classes"] = DATASETS[config["dataset"]].classes
+        try:
+            peaks = end_to_end_peaks(arguments, config["batch_size"])
+        except InputError:  # an option with a value that was removed since
+            continue
+        for peak, style in zip(peaks, styles, strict=True):
+            axes.axvline(peak / MIB, color=colors[net], linestyle=style)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(0.12)  # room for the texts at the points
     return figure
 
 
-def wrapped(title: str, inches: float) -> str:
-    """The title in lines that fit a figure of that width."""
-    return "\n".join(textwrap.fill(line, int(inches * 11)) for line in title.splitlines())
-
-
-def legend(figure: Figure, columns: int) -> None:
-    """One for all axes, below them; each label once."""
-    handles = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legends.clear()
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small"
-    )
-
-
-def error_by_depth(lines: dict[str, list[Line]], title: str) -> Figure:
-    """Error rate of each module's head, by panel; dashed lines are those of the training data."""
-    return panels(
-        title, "module", "error of the module's head, %\n(test; dashed: train)", lines
-    )  # fmt: skip
-
-
-def learning_curves(lines: dict[str, list[Line]], title: str) -> Figure:
-    """Test error by epoch, by panel."""
-    return panels(title, "epoch", "test error, %", lines)
-
-
-def error_by_modules(lines: dict[str, list[Line]], title: str) -> Figure:
-    """Figure 5 of the paper: error against K, a line a context mode, a panel a loss."""
-    figure = panels(
-        title, "K, number of modules", "test error at the last epoch, %", lines, points=True
-    )
-    every_k = sorted({x for drawn in lines.values() for line in drawn for x in line.x})
+def figure5(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
+    """Draw error against K: a panel for each loss, a line for each mode, a point for K = 1."""
+    kinds = cells.groupby("kind", sort=False)
+    panels = {kind: error_points(group, "mode", "K") for kind, group in kinds}
+    end_to_end = runs[(runs.layers == 32) & (runs.K == 1)]
+    for lines in panels.values():
+        lines[END_TO_END] = end_to_end.groupby("K").error_last.agg(["mean", "std"])
+    figure = draw_panels(title, "K, number of modules", ERROR_LAST, panels, with_points=True)
+    every_K = sorted({*cells.K, *end_to_end.K})
     for axes in figure.axes:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(every_k, labels=[f"{x:g}" for x in every_k])
+        axes.set_xticks(every_K, labels=map(str, every_K))
+        axes.set_xlim(every_K[0] / 1.2, every_K[-1] * 1.2)
         axes.minorticks_off()
     return figure
 
 
-def error_by_memory(lines: list[Line], peaks: Iterable[tuple[str, float]], title: str) -> Figure:
-    """Figure 4 of the paper: error against peak memory in MiB, a line a net.
+def error_points(cells: pd.DataFrame, label: str, x: str) -> dict[str, pd.DataFrame]:
+    """Return label -> errors at the last epoch, given the columns of labels and x."""
+    cells = cells.rename(columns={"error_last_mean": "mean", "error_last_std": "std"})
+    groups = cells.set_index(x).groupby(label, sort=False)
+    return {name: group[["mean", "std"]] for name, group in groups}
 
-    Args:
-        peaks: label and MiB of each vertical line.
+
+def panels_by_loss(
+    runs: pd.DataFrame, points_of: Callable[[pd.Series, int], pd.DataFrame]
+) -> Panels:
+    """Return a panel for each K and loss, with a line for each mode and one for end to end.
+
+    `points_of` makes points of the metrics of some runs and the panel's K.
     """
-    figure = panels(
-        title, "peak memory, MiB", "test error at the last epoch, %", {"": lines}, points=True
+    end_to_end = runs.metrics[runs.K == 1]
+    panels: Panels = {}
+    for (K, kind), group in runs[runs.K > 1].groupby(["K", "kind"], sort=False):
+        lines = {mode: points_of(r.metrics, K) for mode, r in group.groupby("mode", sort=False)}
+        if any(len(points) for points in lines.values()):
+            panels[f"K={K}, {kind}"] = {END_TO_END: points_of(end_to_end, K)} | lines
+    if not panels and len(points := points_of(end_to_end, 1)):
+        panels[END_TO_END] = {END_TO_END: points}
+    return panels
+
+
+def by_epoch(metrics: pd.Series, K: int) -> pd.DataFrame:
+    """Return points of the test error by epoch."""
+    epochs = [epoch for run in metrics for epoch in run]
+    errors = pd.DataFrame(epochs, columns=["epoch", "test_error"], dtype=float)
+    return errors.groupby("epoch").test_error.agg(["mean", "std"])
+
+
+def by_module(metrics: pd.Series, K: int) -> pd.DataFrame:
+    """Return points of the error by module at the last epoch; the end-to-end net's one is level."""
+    last = [run[-1] for run in metrics if run]
+    test, train = (
+        pd.DataFrame([epoch[name] * (K // len(epoch[name])) for epoch in last], dtype=float)
+        for name in ("test_errors", "train_errors")
     )
-    (axes,) = figure.axes
-    colour = colours(line.label for line in lines)
-    for label, peak in peaks:
-        net = label.split(",")[0]
-        style = "--" if "recompute" in label else ":"
-        axes.axvline(peak, color=colour[net], linestyle=style, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(0.12)  # for the notes at the points
-    legend(figure, columns=2)
+    if K == 1 or test.empty or test.isna().any(axis=None):  # no depth, or heads do not classify
+        return pd.DataFrame()
+    return test.agg(["mean", "std"]).T.assign(train=train.mean())
+
+
+def draw_panels(
+    title: str, x_label: str, y_label: str, panels: Panels, with_points: bool = False
+) -> Figure:
+    """Draw axes side by side; `with_points` marks points with error bars, else there are bands."""
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    width = max(7, 4 * across)
+    figure = Figure(figsize=(width, 1 + 3.6 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    colors = choose_colors(label for lines in panels.values() for label in lines)
+    for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+        for label, points in lines.items():
+            draw_line(axes, label, points, colors[label], with_points)
+        axes.set(title=name, xlabel=x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y_label)
+    wrapped = [textwrap.fill(line, width * 12) for line in title.splitlines()]
+    figure.suptitle("\n".join(wrapped), fontsize="medium")
     return figure
 
 
-def image_rows(rows: dict[str, Tensor], title: str) -> Figure:
-    """Rows of images, each a label and a tensor (N, 3, H, W) in [0, 1]."""
-    count, _, height, _ = next(iter(rows.values())).shape
-    border = 2
-    grid = make_grid(torch.cat([row.cpu() for row in rows.values()]), nrow=count, padding=border)
-    inches = min(1 / 45, 10 / max(grid.shape))  # of a pixel
-    width = 1.2 + grid.shape[2] * inches
-    figure = Figure(figsize=(width, 0.8 + grid.shape[1] * inches), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)  # else the labels touch the edge
-    axes = figure.subplots()
-    axes.imshow(grid.permute(1, 2, 0).numpy())
-    middles = border + height / 2 + (height + border) * np.arange(len(rows))
-    axes.set_yticks(middles, labels=list(rows))
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    figure.suptitle(wrapped(title, width), fontsize="medium")
-    return figure
+def choose_colors(labels: Iterable[str]) -> dict[str, str]:
+    """Return a color for each label."""
+    others = [label for label in dict.fromkeys(labels) if label not in COLORS]
+    return COLORS | dict(zip(others, cycle(OTHER_COLORS), strict=False))
+
+
+def draw_line(axes: Axes, label: str, points: pd.DataFrame, color: str, with_points: bool) -> None:
+    """Draw a line with its standard deviations, and the second line if there is one."""
+    if points.empty:
+        return
+    x, mean, std = points.index, points["mean"], points["std"]
+    marker = "o" if with_points or len(x) == 1 else ""
+    axes.plot(x, mean, color=color, marker=marker, markersize=4, label=label)
+    if with_points:
+        axes.errorbar(x, mean, yerr=std, fmt="none", color=color, capsize=3)
+    else:
+        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    if "train" in points:
+        axes.plot(x, points["train"], color=color, linestyle="--")
+
+
+def add_legend(figure: Figure) -> None:
+    """Add a legend below all axes, with each label once."""
+    by_label = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        by_label |= dict(zip(labels, handles, strict=True))
+    handles = by_label.values()
+    figure.legend(handles, by_label, loc="outside lower center", ncols=6, fontsize="small")

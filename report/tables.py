@@ -1,153 +1,166 @@
-"""The paper's tables as grids of runs: rows are methods, columns are K."""
+"""The paper's tables: what is in them, statistics over seeds, and their Markdown and CSV."""
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
+from string import ascii_lowercase
 from typing import NamedTuple
 
-from configs import InputError, balanced_cuts_are_equal, choose_cuts
-from report.results import Cell, Method, Record, Setting, make_cell
+import pandas as pd
 
-
-class Row(NamedTuple):
-    """A method as a table lists it."""
-
-    label: str
-    mode: str
-    loss: str = "cross_entropy"
-    decoders: bool = False
-    layers: int = 32
-
-    def method(self, dataset: str, K: int, balanced: bool) -> Method | None:
-        """Its runs on this data; None where the paper has no cuts for it."""
-        try:
-            cuts = choose_cuts(self.layers, K, dataset, balanced)
-        except InputError:
-            return None
-        balanced = balanced and not balanced_cuts_are_equal(self.layers, K, dataset)
-        return Method(
-            dataset, self.layers, K, self.mode, self.loss, self.decoders, tuple(cuts), balanced
-        )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows are methods, columns are K; where data sets are named, rows are repeated for each."""
-
-    name: str
-    title: str
-    rows: list[Row]
-    columns: list[int]
-    balanced: bool = False
-    datasets: tuple[str, ...] = ()
-
-    def methods(self, dataset: str) -> set[Method]:
-        """All of its cells' for this data set."""
-        of_cells = {
-            row.method(dataset, K, self.balanced) for row in self.rows for K in self.columns
-        }
-        return of_cells - {None}
-
+from configs import balanced_cuts_are_equal
+from engine.memory import MIB
+from report.results import SETUP
 
 MODES = ("R0", "E", "R1", "R1E")
 
+
+class Table(NamedTuple):
+    """A table of the paper.
+
+    Attributes:
+        rows: label -> layers, mode and kind, as in the columns SETUP.
+        columns: numbers of modules.
+    """
+
+    name: str
+    title: str
+    rows: dict[str, tuple[int, str, str]]
+    columns: tuple[int, ...] = (2, 4, 8, 16)
+
+
 TABLES = [
-    Table("table1", "Table 1: context modes, ResNet-32", [Row(mode, mode) for mode in MODES], [16]),
     Table(
-        "table2",
-        "Table 2: local losses, ResNet-32",
-        [
-            Row(f"{mode}, {name}", mode, loss)
-            for mode in ("E", "R1E")
-            for name, loss in (("contrast", "contrast"), ("softmax", "cross_entropy"))
-        ],
-        [2, 4, 8, 16],
+        "table1", "Table 1: context modes, ResNet-32",
+        {mode: (32, mode, "softmax") for mode in MODES}, (16,),
     ),
     Table(
-        "table3",
-        "Table 3: with decoders, ResNet-110",
-        [
-            Row("R1E, contrast", "R1E", "contrast", True, 110),
-            Row("R1E, softmax", "R1E", "cross_entropy", True, 110),
-        ],
-        [2, 4, 8, 16],
-        datasets=("cifar10", "stl10", "svhn"),
+        "table2", "Table 2: local losses, ResNet-32",
+        {f"{mode}, {loss}": (32, mode, loss) for mode in ("E", "R1E")
+         for loss in ("contrast", "softmax")},
     ),
     Table(
-        "figure4",
-        "Figure 4: error against peak memory, E, contrast, balanced cuts",
-        [
-            Row("ResNet-32", "E", "contrast"),
-            Row("ResNet-110", "E", "contrast", layers=110),
-        ],
-        [2, 3, 4, 8, 16],
-        balanced=True,
+        "table3", "Table 3: with decoders, ResNet-110",
+        {f"R1E, {loss}": (110, "R1E", f"{loss} with decoders") for loss in ("contrast", "softmax")},
     ),
     Table(
-        "figure5",
-        "Figure 5: error against K, ResNet-32",
-        [Row(f"{mode}, softmax", mode) for mode in MODES]
-        + [Row(f"{mode}, softmax with decoders", mode, decoders=True) for mode in MODES]
-        + [Row(f"{mode}, contrast", mode, "contrast") for mode in MODES[1:]],
-        [2, 4, 8, 16],
+        "figure4", "Figure 4: error against peak memory, E, contrast, balanced cuts",
+        {f"ResNet-{layers}": (layers, "E", "contrast, balanced cuts") for layers in (32, 110)},
+        (2, 3, 4, 8, 16),
     ),
     Table(
-        "table4",
-        "Table 4: how many earlier features, ResNet-32",
-        [Row(mode, mode) for mode in ("R0", "E", "R1", "R2", "R4", "R8", "R16")],
-        [8, 16],
+        "figure5", "Figure 5: error against K, ResNet-32",
+        {f"{mode}, {kind}": (32, mode, kind)
+         for kind in ("softmax", "softmax with decoders", "contrast")
+         for mode in MODES if (mode, kind) != ("R0", "contrast")},
     ),
-]
-
-PUBLISHED = Setting("cifar10", ())
-
-
-class Grid(NamedTuple):
-    """A table filled in, for one setting: label and cell by K, row by row."""
-
-    table: Table
-    setting: Setting
-    rows: list[tuple[str, dict[int, Cell | None]]]
+    Table(
+        "table4", "Table 4: how many earlier features, ResNet-32",
+        {mode: (32, mode, "softmax") for mode in ("R0", "E", "R1", "R2", "R4", "R8", "R16")},
+        (8, 16),
+    ),
+]  # fmt: skip
 
 
-def fill_grids(table: Table, records: list[Record]) -> list[Grid]:
-    """A grid for each setting that has a run of this table; the published one if none has."""
-    by_place = defaultdict(list)
-    for record in records:
-        by_place[record.setting, record.method].append(record)
-    fitting = {s for s, method in by_place if method in table.methods(s.dataset)}
-    if not table.datasets:
-        return [
-            Grid(table, setting, [_row(by_place, table, row, setting) for row in table.rows])
-            for setting in sorted(fitting) or [PUBLISHED]  # PUBLISHED is the least
-        ]
-    grids = []
-    for options in sorted({s.options for s in fitting}) or [()]:
-        others = {s.dataset for s in fitting if s.options == options} - {*table.datasets}
-        rows = []
-        for dataset in [*table.datasets, *sorted(others)]:
-            for row in table.rows:
-                _, cells = _row(by_place, table, row, Setting(dataset, options))
-                rows.append((f"{dataset}, {row.label}", cells))
-        grids.append(Grid(table, Setting("all data sets", options), rows))
-    return grids
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each SETUP: means and sample standard deviations over n seeds.
+
+    The peak is the largest of all seeds. Plans count only where no run is finished; there n is 0.
+    """
+    counts = ~runs.is_plan | runs.groupby(SETUP).is_plan.transform("all")
+    setups = runs[counts].groupby(SETUP, sort=False)
+    cells = setups[["error_last", "error_best"]].agg(["mean", "std"])
+    cells.columns = map("_".join, cells.columns)
+    cells["n"] = setups.error_last.count()
+    largest = runs.loc[setups.peak_memory_bytes.idxmax()].set_index(SETUP)
+    cells = cells.join(largest[["peak_memory_bytes", "peak_memory_how"]]).reset_index()
+    cells["method"] = (cells["mode"] + ", " + cells["kind"]).str.removesuffix(", ")
+    return cells
 
 
-def _row(
-    by_place: dict[tuple[Setting, Method], list[Record]], table: Table, row: Row, setting: Setting
-) -> tuple[str, dict[int, Cell | None]]:
-    cells = {
-        K: make_cell(by_place.get((setting, row.method(setting.dataset, K, table.balanced)), []))
-        for K in table.columns
-    }
-    return row.label, cells
+def fill(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells of a table; the column `method` has its labels.
+
+    Each setting that has a run of the table gets all rows and columns, NaN where there is no run.
+    """
+    keys = []
+    for setting, dataset in cells[["setting", "dataset"]].drop_duplicates().to_numpy():
+        for (label, (layers, mode, kind)), K in product(table.rows.items(), table.columns):
+            if balanced_cuts_are_equal(layers, K, dataset):
+                kind = kind.removesuffix(", balanced cuts")
+            keys.append((setting, dataset, layers, K, mode, kind, label))
+    keys = pd.DataFrame(keys, columns=[*SETUP, "method"])
+    filled = keys.merge(cells.drop(columns="method"), how="left", on=SETUP)
+    return filled[filled.groupby("setting").peak_memory_bytes.transform("count") > 0]
 
 
-Group = dict[Method, list[Record]]
+STATISTICS = (
+    "Errors are mean ± sample standard deviation over n seeds. The paper does not say of which "
+    "epoch its errors are. The epoch of the lowest error is chosen on the test data, so that error "
+    "is optimistic. Memory is the largest peak of all seeds: measured, or planned where no run is "
+    "finished."
+)
+ERROR_LAST = "Error at the last epoch, %"
+ERROR_BEST = "Lowest error of any epoch, %"
+PEAK = "Peak memory of a training step, MiB"
 
 
-def group_records(records: list[Record]) -> dict[tuple[int, Setting], Group]:
-    """Runs that can be compared with each other: by (layers, setting), then by method."""
-    groups: dict[tuple[int, Setting], Group] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda r: (r.method.order, r.seed)):
-        groups[record.method.layers, record.setting][record.method].append(record)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])))
+def table_markdown(title: str, filled: pd.DataFrame) -> str:
+    """Return the file of a table: a section for each setting with errors and memory."""
+    parts = [f"# {title}", STATISTICS]
+    for setting, cells in filled.groupby("setting", sort=False):
+        texts, footnotes = cell_texts(cells)
+        parts.append(f"## {setting}")
+        for caption in (ERROR_LAST, ERROR_BEST, PEAK):
+            grid = texts.pivot(index="method", columns="K", values=caption)
+            grid = grid.loc[cells.method.unique()].add_prefix("K=")
+            parts += [caption, markdown(grid.reset_index())]
+        parts.append(footnotes)
+    return "\n\n".join(parts) + "\n"
+
+
+def all_runs_markdown(cells: pd.DataFrame, notes: Sequence[str]) -> str:
+    """Return the file of all runs: a table for each setting and net, and what was left out."""
+    parts = ["# All runs", STATISTICS]
+    for (setting, layers), group in cells.groupby(["setting", "layers"], sort=False):
+        texts, footnotes = cell_texts(group)
+        parts += [f"## ResNet-{layers}, {setting}", markdown(texts), footnotes]
+    if notes:
+        parts += ["## Not in the tables", "\n".join(f"* {note}" for note in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def cell_texts(cells: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return K, method, errors and peaks as texts, and the footnotes that the peaks refer to."""
+    letters = dict(zip(cells.peak_memory_how.dropna().unique(), ascii_lowercase, strict=False))
+    texts = cells[["K", "method"]].copy()
+    texts[ERROR_LAST] = list(map(error_text, cells.error_last_mean, cells.error_last_std, cells.n))
+    texts[ERROR_BEST] = list(map(error_text, cells.error_best_mean, cells.error_best_std, cells.n))
+    texts[PEAK] = [
+        f"{peak / MIB:,.0f} ({letters[how]})" if how in letters else "-"
+        for peak, how in zip(cells.peak_memory_bytes, cells.peak_memory_how, strict=True)
+    ]
+    # Two spaces at the end of a line break it in Markdown.
+    return texts, "\n".join(f"({letter}) {how}  " for how, letter in letters.items())
+
+
+def error_text(mean: float, std: float, n: float) -> str:
+    """Return an error, `-` if no run is finished."""
+    if not n > 0:  # NaN without a run
+        return "-"
+    return f"{mean:.2f} ± {std:.2f} (n={n:.0f})" if n > 1 else f"{mean:.2f} (n=1)"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a Markdown table."""
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def csv_text(cells: pd.DataFrame) -> str:
+    """Return CSV with a line for each cell: errors in percent, `-` for what is missing."""
+    columns = [
+        "setting", "layers", "K", "method", "error_last_mean", "error_last_std", "error_best_mean",
+        "error_best_std", "n", "peak_memory_bytes", "peak_memory_how",
+    ]  # fmt: skip
+    cells = cells.dropna(subset="n")[columns].round(6)
+    return cells.to_csv(index=False, na_rep="-", float_format="%.15g", lineterminator="\n")
