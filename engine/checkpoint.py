@@ -121,11 +121,13 @@ def _check_archive(path: Path) -> None:
 
     torch.load ignores checksums, and unpacks compressed entries whatever their size.
     """
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if not entries or entries[0].header_offset or archive.comment:
-            # PyTorch would look for entries in other places than Python, and find others.
-            raise ValueError("it holds more than a zip file")
+        # Python allows for bytes before an archive, PyTorch does not and may find other entries:
+        # so the first one is where the archive's directory (at byte 42 of its record) says, at 0.
+        file.seek(archive.start_dir + 42)
+        if not entries or entries[0].header_offset or file.read(4) != bytes(4):
+            raise ValueError("it has more in it than a zip file")
         if len({entry.filename for entry in entries}) < len(entries):
             raise ValueError("two of its entries have the same name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -44,7 +44,7 @@ def expected(server):
 def assert_ends_like(server, method, expected):
     name = method[-1]
     assert end_of(server.folder / name) == expected
-    assert not list((server.folder / name).glob("*.tmp"))
+    assert not [*(server.folder / name).glob("*.tmp"), *(server.folder / name).glob("*.damaged*")]
     again = server.run(*method)
     assert (again.status, again.out) == (0, [f"{name} is finished: all 3 epochs are done"])
 
