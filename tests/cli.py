@@ -1,4 +1,4 @@
-"""train.py and report.py as tests call them, within the process, and what a run leaves."""
+"""train.py and the report as tests call them, within the process, and what a run leaves."""
 
 import json
 import signal

@@ -19,7 +19,7 @@ from parallel.transfer import IN_FLIGHT, Link, crossing
 from planning import pipeline_plan
 from planning.pipeline_plan import finish_times, make_parallel_plan, process_counts
 from planning.plan import make_plan
-from report.results import read_records
+from report.results import read_runs
 
 BATCH = 8
 TINY = {"layers": 14, "local_module_num": 4, "image_size": 16, "context_mode": "R0"}
@@ -354,6 +354,6 @@ def test_a_plan_that_is_kept_can_be_read_and_be_added_to(monkeypatch, capsys, tm
     assert main(monkeypatch, capsys, *CLI, *keep)[0] == 0
     kept = json.loads((tmp_path / "kept" / "plan.json").read_text())
     assert [p["processes"] for p in kept["parallel"]["plans"]] == [1, 2, 4]
-    (record,), notes = read_records([tmp_path])
-    assert (record.is_plan, notes) == (True, [])
+    runs, notes = read_runs([tmp_path])
+    assert ([*runs.is_plan], notes) == ([True], [])
     assert main(monkeypatch, capsys, *CLI[:-2], *keep)[1] == ["kept/plan.json is there already"]
