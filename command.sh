@@ -27,7 +27,10 @@ fail() {
 # Make .venv with what requirements.txt asks for, unless it is there already.
 prepare() {
     local python=${PYTHON:-python3.11}
-    command -v "$python" > /dev/null || python=python3
+    command -v "$python" > /dev/null || {
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not there"
+        python=python3
+    }
     if [ ! -x .venv/bin/python ]; then
         "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
             fail "Python 3.11 is needed; name it with PYTHON=/path/to/python3.11"
@@ -189,7 +192,7 @@ run_script(read_options)' "${@:2}" || exit $?
 run_until_signal() {
     local child="" status stopped=""
     trap 'stopped=130; pass_on INT "$child"' INT
-    trap 'stopped=143; pass_on TERM "$child"' TERM HUP
+    trap 'stopped=143; pass_on TERM "$child"' TERM HUP USR1 USR2
     (trap - INT QUIT; exec "$@") <&0 &
     child=$!
     [ -z "$stopped" ] || pass_on TERM "$child"
@@ -198,7 +201,7 @@ run_until_signal() {
         wait "$child" || status=$? # which a signal ends
         { [ -n "$stopped" ] && kill -0 "$child" 2> /dev/null; } || break
     done
-    trap - INT TERM HUP
+    trap - INT TERM HUP USR1 USR2
     [ -z "$stopped" ] || exit "$stopped"
     return "$status"
 }

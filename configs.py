@@ -1,6 +1,6 @@
-"""Published constants of ContSup (arXiv 2312.07636): data sets, cuts and loss scales.
+"""Constants of data sets, cuts and loss scales, as published in ContSup (arXiv 2312.07636).
 
-Nothing here depends on torch. Every table is followed by the one function that reads it.
+Nothing here depends on torch.
 """
 
 from collections.abc import Callable, Sequence

@@ -407,7 +407,6 @@ class Batches:
             samples = self._copies.of_rows(self.split, rows)
         else:
             samples = ([x.index_select(0, part) for x in self.split] for part in rows)
-        # A generator would keep each batch alive until the next one is made; map does not.
         return map(self._prepare, samples, shares(corners), shares(flips))
 
     def _prepare(

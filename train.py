@@ -169,7 +169,7 @@ def evaluate_checkpoint(job: Job, strategy: Strategy) -> None:
     network, device = make_network(job, strategy)
     test_batches = batches_of(job.options, device, strategy)(load_data(job, strategy).test)
     batches = strategy.batches(test_batches, 0)
-    totals = strategy.reduce(evaluate(network, batches, device))
+    totals = strategy.all_reduce(evaluate(network, batches, device))
     epoch, step = job.checkpoint.epoch, job.checkpoint.step
     print(f"{job.options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
           f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "

@@ -1,5 +1,6 @@
 """How a run can fail, and the exit status and line on stderr that each failure has."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         traceback.print_exc()
         status = 1
     if status:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit()
@@ -47,8 +50,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 def exit_status(main: Callable[[list[str]], None]) -> int:
     """Run a script's main function on the command line; return the process's exit status.
 
-    0 if it succeeded, 1 if something could not be written, 2 for bad input, 3 if the run diverged,
-    130 and 143 after SIGINT and SIGTERM. Every failure is said in one line on stderr.
+    0 if it succeeded; 1 if an output or a connection failed; 2 for bad input, or too little memory;
+    3 if the run diverged; 130 and 143 after SIGINT and SIGTERM. One line on stderr says why, unless
+    the reader of the output has gone or another process says it. Other exceptions pass.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed, as for some daemons
@@ -84,7 +88,7 @@ def _attempt(main: Callable[[list[str]], None]) -> int:
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # what the CPU allocator raises
             return _fail(2, f"out of memory: {one_line(error)[-300:]}")
-        if "deterministic" not in str(error):
+        if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in str(error):
             raise
         return _fail(2, f"--deterministic: {str(error).split(',')[0]}, so leave it out")
     except (CannotSave, ConnectionLost) as error:

@@ -1,6 +1,6 @@
 """The command line of train.py: parse it, check it, fill in the defaults that depend on others.
 
-Importing this module imports no torch, so `--help` and most errors come at once.
+Importing this module imports no torch.
 """
 
 import argparse
@@ -409,6 +409,9 @@ def _check_typed(options: argparse.Namespace) -> None:
             if getattr(options, name) and getattr(options, other) != value:
                 needed = f"--{other}" if value is True else f"--{other} {value}"
                 raise InputError(f"--{name} is for {needed}: give that, or leave it out")
+    if options.detect_anomaly and options.amp == "fp16":
+        raise InputError("--detect_anomaly would stop at steps that --amp fp16 skips: leave one of "
+                         "them out")  # fmt: skip
     if options.balanced_memory and options.partition not in (None, "balanced"):
         raise InputError(f"--balanced_memory is not --partition {options.partition}: give one")
     if options.dry_run and options.parallel == "data":

@@ -69,7 +69,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.plan = path / "plan.json"
         self.history: list[dict] = []
-        self.found: dict[Path, Checkpoint | InputError] = {}
+        self.found: dict[Path, Checkpoint | str] = {}
         self._metrics_failed = False
 
     @contextmanager
@@ -109,7 +109,7 @@ class RunFolder:
             except Unreadable:
                 raise
             except InputError as error:
-                self.found[path] = error
+                self.found[path] = one_line(error)  # its traceback would keep what was read
         steps = {p: c.done for p, c in self.found.items() if isinstance(c, Checkpoint)}
         return max(steps, key=steps.get, default=None)
 
@@ -121,8 +121,8 @@ class RunFolder:
                 None for a new run, or auto where no undamaged checkpoint was found.
             checkpoint: the contents of that file.
         Raises:
-            InputError: training here would overwrite or mix up an earlier run; or all epochs are
-                done in a checkpoint of another folder.
+            InputError: training here would overwrite or mix up an earlier run; or the
+                checkpoint is of another folder and leaves no epochs to train.
         """
         self.options, resumed = _kept_options(options), options.resume
         self._check_free(resumed, checkpoint)
@@ -131,7 +131,7 @@ class RunFolder:
             if not self.history:  # checkpoints of early versions have none
                 rows = read_metrics(self.metrics)
                 self.history = [m for m in rows if m.get("epoch", math.inf) <= checkpoint.epoch]
-        self.found = {p: e for p, e in self.found.items() if isinstance(e, InputError)}
+        self.found = {p: e for p, e in self.found.items() if isinstance(e, str)}
         if checkpoint is None or checkpoint.epoch < options.epochs:
             return True
         if self.is_finished():
@@ -141,7 +141,7 @@ class RunFolder:
                 f"{checkpoint.epoch} of {options.epochs} epochs are done in {resumed}: give more "
                 "--epochs, or --evaluate it"
             )
-        return True  # the summary
+        return True  # all epochs are trained, but the summary is not written
 
     def _check_free(self, resumed: str | None, checkpoint: Checkpoint | None) -> None:
         files = (self.summary, self.checkpoint, self.best, self.metrics)

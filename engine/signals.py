@@ -49,10 +49,11 @@ class Interrupts:
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal."""
         number = number if number == signal.SIGINT else signal.SIGTERM
+        is_repeated = self.asked is not None and time.monotonic() - self._time <= 0.5
         if self._deferred and self.asked is None:
             self.asked, self._time = number, time.monotonic()
             _say("stopping after this step; a second signal stops at once")
-        elif not self._deferred or time.monotonic() - self._time > 0.5:
+        elif not is_repeated:
             _say("stopped at once" if self._deferred else "interrupted")
             os._exit(128 + number)
 

@@ -65,7 +65,7 @@ class Strategy:
         """Return rank 0's value on every rank."""
         return value
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank."""
         return [value]
 
@@ -118,7 +118,7 @@ class Strategy:
         """Show the mean losses of the epoch so far."""
         progress.show(step, totals.losses())
 
-    def reduce(self, totals: Totals) -> Totals:
+    def all_reduce(self, totals: Totals) -> Totals:
         """Return the sums of all modules and samples."""
         return totals
 
@@ -127,7 +127,7 @@ class Strategy:
 
         Args:
             own: this process's sums of the epoch.
-            trained: the same after `reduce`.
+            trained: the same after `all_reduce`.
             peak: this process's meter.
         """
         return {

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Training:
     Attributes:
         epoch: epochs done.
         totals: sums of the epoch in progress.
-        is_saved: whether checkpoint.pt holds this state.
+        has_checkpoint: whether checkpoint.pt is of this run: written, or continued from.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class Training:
             self.device, compiled=options.compile, apart=self.data_bytes, steps=strategy.warm_up
         )
         self.peak.how += strategy.peak_note
-        self.epoch = 0
-        self.is_saved = False
+        self.epoch = self.current_module = 0
+        self.has_checkpoint = False
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
 
@@ -91,7 +92,8 @@ class Training:
         """Train what is left of the run, and write its summary.
 
         Raises:
-            Interrupted: a signal asked for it; a checkpoint has been written.
+            Interrupted: a signal asked for it. A checkpoint has been written, unless the signal
+                interrupted the compiler.
             Diverged, CannotSave: the last checkpoint is as it was.
         """
         self.folder.history = self.strategy.broadcast(self.folder.history)
@@ -100,7 +102,7 @@ class Training:
             try:
                 while self.epoch < self.options.epochs:
                     self.run_epoch(self.epoch + 1)
-                if not self.is_saved:  # the run continued from model_best.pt, which was the newest
+                if not self.has_checkpoint:  # it continued from model_best.pt, the newest
                     self.save()
             except Interrupted:
                 self.save()
@@ -118,7 +120,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
         self.train_epoch(epoch)
-        trained = self.strategy.reduce(self.totals)
+        trained = self.strategy.all_reduce(self.totals)
         figures = self.strategy.figures(self.totals, trained, self.peak)
         tested = self.evaluate()
         if bad := tested.first_not_finite():
@@ -140,9 +142,11 @@ class Training:
         self.folder.add_epoch(metrics, self.reconstruct())
         print_epoch(metrics, o.epochs)
         self.epoch, self.totals = epoch, Totals(self.network, self.device)
+        checkpoint = self.checkpoint()
         if is_best:  # first, so that a run that is killed between the two does not lose it
-            self.write(self.folder.best, self.checkpoint())
-        self.save()
+            self.write(self.folder.best, checkpoint)
+        self.write(self.folder.checkpoint, checkpoint)
+        self.has_checkpoint = True
 
     def train_epoch(self, epoch: int) -> None:
         """Train on the batches of an epoch that are left."""
@@ -176,7 +180,7 @@ class Training:
 
     def before_module(self, epoch: int, step: int, module: LocalModule) -> None:
         """Seed dropout by step and module, so that it is the same wherever a run is resumed."""
-        self.running = module.index
+        self.current_module = module.index
         if self.options.droprate:
             seeds = (step, module.index, *self.strategy.seeds)
             seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)
@@ -196,13 +200,13 @@ class Training:
             except RuntimeError as error:
                 if "returned nan values" not in str(error):
                     raise
-                where = f"module {self.running}, step {self.totals.steps + 1}"
+                where = f"module {self.current_module}, step {self.totals.steps + 1}"
                 raise Diverged(f"{where} of epoch {self.epoch + 1}: {one_line(error)}") from error
 
     def evaluate(self) -> Totals:
         """Return the sums of the test data."""
         batches = self.strategy.batches(self.test_batches, 0)
-        return self.strategy.reduce(evaluate(self.network, batches, self.device))
+        return self.strategy.all_reduce(evaluate(self.network, batches, self.device))
 
     def reconstruct(self) -> dict[str, Tensor]:
         """Return the decoders' images of a few test images, on rank 0."""
@@ -214,7 +218,7 @@ class Training:
 
     def finish(self) -> None:
         """Write the summary, on rank 0; raise CannotSave, or Interrupted if a signal has come."""
-        self.peak.bytes = max(self.strategy.gather(self.peak.bytes))
+        self.peak.bytes = max(self.strategy.all_gather(self.peak.bytes))
         if self.strategy.is_first:
             try:
                 summary = self.folder.add_summary(
@@ -243,7 +247,7 @@ class Training:
             for scaler, state in zip(scalers, checkpoint.scalers, strict=True):
                 scaler.load_state_dict(state)
         self.epoch = checkpoint.epoch
-        self.is_saved = self.strategy.broadcast(
+        self.has_checkpoint = self.strategy.broadcast(
             is_same(self.options.resume, self.folder.checkpoint)
         )
         if checkpoint.totals:
@@ -287,7 +291,7 @@ class Training:
             )
         )
 
-    def write(self, path: str, checkpoint: Checkpoint) -> None:
+    def write(self, path: Path, checkpoint: Checkpoint) -> None:
         """Replace a checkpoint file, on rank 0; raise CannotSave."""
         if self.strategy.is_first:
             save_checkpoint(path, checkpoint)
@@ -296,7 +300,7 @@ class Training:
         """Replace checkpoint.pt; raise Diverged before that, and CannotSave."""
         self.check_state()
         self.write(self.folder.checkpoint, self.checkpoint())
-        self.is_saved = True
+        self.has_checkpoint = True
 
     # Divergence
 

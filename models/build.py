@@ -83,7 +83,7 @@ def build_network(
         model: name of a backbone in `models.resnet.BACKBONES`.
         amp: `bf16` or `fp16` runs convs and matrix products in that, by autocast; `off` does not.
     Raises:
-        ValueError: an argument is out of range or does not fit the others; the message is a
+        InputError: an argument is out of range or does not fit the others; the message is a
             sentence that says what would be right.
     """
     _check_counts(

@@ -176,6 +176,8 @@ class RecomputedInput(saved_tensors_hooks):
     def __init__(self, x: Tensor, users: int) -> None:
         self.node, self.users = x.grad_fn, users
         self.x, self.left = None, users
+        # x is all that is saved here: each checkpoint saves its inputs under these hooks, and what
+        # is inside under hooks of its own.
         super().__init__(lambda x: None if self.node else x, self.unpack)
 
     def unpack(self, kept: Tensor | None) -> Tensor:

@@ -95,10 +95,11 @@ class LocalModule(nn.Module):
         Under autocast head and decoder run in the narrow type, and their losses in float32.
         """
         output = wide(self.head(h_out))
-        decoded = self.decoder and wide(self.decoder(h_out, pixels.shape[-2:]))
+        decoded = None if self.decoder is None else wide(self.decoder(h_out, pixels.shape[-2:]))
         with torch.autocast(h_out.device.type, enabled=False):
             task = self.task.function(output, targets)
-            return output, task, self.decoder and losses.reconstruction(decoded, pixels)
+            reconstruction = None if decoded is None else losses.reconstruction(decoded, pixels)
+            return output, task, reconstruction
 
     def weighted_loss(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
         """Return the local loss (equation 6), 0-d."""
@@ -226,7 +227,6 @@ class ContSupNetwork(nn.Module):
                 h_out = module(self._supplied(module, state))
             self._pass_on(module, state, h_out.detach())
             yield module, h_out
-            del h_out  # else it would stay for the next module's turn
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes) of the last module for images (N, 3, H, W), normalised."""
@@ -250,7 +250,9 @@ class ContSupNetwork(nn.Module):
         targets: Tensor,
         after_backward: Callable[[LocalModule], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run every module's forward and backward, first to last.
+        """Run every module's forward and backward, first to last, for a loop of your own.
+
+        train.py uses `engine.step.train_step`, which also steps optimizers and counts errors.
 
         Gradients add to what `.grad` holds. An `after_backward` that steps the module's optimizer
         and frees the gradients keeps those of one module in memory at a time.
@@ -281,9 +283,9 @@ class ContSupNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run one module's context, forward, loss and backward (equations 1 to 9).
 
-        Afterwards its gradients are there, and `state` has its output for the next module. All
-        else that the module made is freed: the features that enter are detached, so the backward
-        ends at this module's own input.
+        Gradients add to what `.grad` has, and `state` gets the detached output for the next module.
+        The features that enter are detached, so the backward ends at this module's own input, and
+        frees its graph.
 
         Args:
             state: the pass over the batch, after the module before this one.

@@ -69,7 +69,7 @@ class SharedBatch:
 
 
 class DataParallelStrategy(ParallelStrategy):
-    """A part of each batch a process; every process has all modules.
+    """Each process trains all modules on its part of each batch.
 
     Gradients are averaged before a GradScaler looks at them. So with float16 all ranks skip the
     same steps, and their scales stay the same.
@@ -78,7 +78,10 @@ class DataParallelStrategy(ParallelStrategy):
     def divide(
         self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device
     ) -> None:
-        """Raise InputError if --sync_bn is to be compiled."""
+        """Set this rank's part of a batch and its seeds.
+
+        Raises InputError if --sync_bn is to be compiled.
+        """
         if options.sync_bn and options.compile:
             raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
         self.sync_bn, self.batch = options.sync_bn, SharedBatch()
@@ -111,7 +114,8 @@ class DataParallelStrategy(ParallelStrategy):
                 module.task = module.task._replace(function=self.batch.supervised_contrastive)
             _wrap_step(module, self.batch)
         if network.compiled:
-            # Else the compiler splits a step where a bucket is full; --recompute can't be split.
+            # For the process: DDP would split graphs where buckets are full, and --recompute can't
+            # be split.
             torch._dynamo.config.optimize_ddp = False
 
     def begin(self, sizes: Sequence[int]) -> None:
@@ -140,11 +144,18 @@ class DataParallelStrategy(ParallelStrategy):
         by_module = zip(*(losses for losses, _ in parts), strict=True)
         return [sum(map(mul, of_module, counts)) / sum(counts) for of_module in by_module]
 
+    def state_to_send(self, own: Checkpoint) -> Checkpoint:
+        """Return the part without weights and momentum on all but rank 0: they are the same."""
+        return own if self.is_first else own._replace(state_dict={}, momentum={})
+
     def merge_scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:
         return parts[0]  # they are the same on all ranks
 
     def split(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return rank 0 the sums so far and others zeros; of the samples, each its share."""
+        """Return totals whose sum over the ranks is the saved one.
+
+        Rank 0 keeps losses and errors and others get zeros. The samples are divided.
+        """
         totals = dict(checkpoint.totals)
         if totals:
             rank, number = self.share
@@ -171,8 +182,9 @@ class _Step(nn.Module):
     ) -> tuple[Tensor | None, ...]:
         """Run `LocalModule.forward_and_losses`, and weight the gradients of the losses.
 
-        The losses themselves stay means over the rank's part. The weight has to come first: the
-        backward of sync_bn, and of the contrastive loss, sums over the ranks.
+        With a weight of (own samples) * ranks / (all samples), DistributedDataParallel's mean over
+        the ranks is the mean over the batch. It is applied to the losses' gradients, since later
+        parts of the backward (sync_bn, the contrastive loss) sum over the ranks already.
         """
         self.batch.check(len(targets))
         h_out, output, *parts = self.run(h_in, targets, pixels)
@@ -192,4 +204,5 @@ def _wrap_step(module: LocalModule, batch: SharedBatch) -> None:
     step = DistributedDataParallel(
         _Step(module, batch), forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-    module.forward_and_losses = step.__call__  # a method, which is no part of the module
+    # A bound method is not registered as a submodule, so the names in the state_dict stay.
+    module.forward_and_losses = step.__call__

@@ -25,11 +25,11 @@ from parallel.stages import (
     module_times,
 )
 from parallel.strategy import ParallelStrategy
-from parallel.transfer import IN_FLIGHT, Link, crossing
+from parallel.transfer import IN_FLIGHT, FeatureSpec, Link, crossing
 
 
 class PipelineStrategy(ParallelStrategy):
-    """A range of the modules a process; every process reads all images.
+    """Each process trains a contiguous range of the modules, and reads all images.
 
     Attributes:
         ranges: modules of each process, by rank.
@@ -57,18 +57,18 @@ class PipelineStrategy(ParallelStrategy):
         self.link = self._connect(crossing(arguments, device, options.channels_last), device)
         self.waits = self.link.waits
 
-    def _connect(self, crossed: Sequence, device: torch.device) -> Link:
-        # A group a pair: in one group NCCL would order a send after a receive.
+    def _connect(self, cuts: Sequence[Sequence[FeatureSpec]], device: torch.device) -> Link:
+        # A group, so a stream, for each cut: in one, NCCL would order a send after a receive.
         pairs = [
             dist.new_group([rank, rank + 1], timeout=ALIVE_TIMEOUT) for rank in range(self.size - 1)
         ]
         own = self.ranges[self.rank]
         incoming = receive = outgoing = send = None
         if self.rank > 0:
-            incoming, group = crossed[own.start - 1], pairs[self.rank - 1]
+            incoming, group = cuts[own.start - 1], pairs[self.rank - 1]
             receive = partial(dist.irecv, src=self.rank - 1, group=group)
         if self.rank < self.size - 1:
-            outgoing, group = crossed[own.stop - 1], pairs[self.rank]
+            outgoing, group = cuts[own.stop - 1], pairs[self.rank]
             send = partial(dist.isend, dst=self.rank + 1, group=group)
         return Link(device, incoming, receive, outgoing, send)
 
@@ -94,7 +94,7 @@ class PipelineStrategy(ParallelStrategy):
         self.link.begin(sizes)
 
     def end_early(self) -> None:
-        self.link.end()
+        self.link.expect_no_more()
 
     def end(self) -> None:
         self.link.flush()

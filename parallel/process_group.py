@@ -40,7 +40,7 @@ HEARTBEAT_TIMEOUT = 20.0
 """Seconds without a heartbeat after which a process counts as dead."""
 
 
-class ProcessGroup:
+class TorchrunGroup:
     """The processes of a run, as one of them sees them; use it with `with`.
 
     A process that fails or dies ends the others too.
@@ -65,7 +65,7 @@ class ProcessGroup:
         self.all_stop = False
         self._flags: deque[tuple[Tensor, list[dist.Work]]] = deque()
 
-    def __enter__(self) -> "ProcessGroup":
+    def __enter__(self) -> "TorchrunGroup":
         if self.rank != 0:
             sys.stdout = open(os.devnull, "w")
         try:
@@ -149,7 +149,7 @@ class ProcessGroup:
         return device
 
     def _check_options(self) -> None:
-        typed = self.gather_all({name: repr(v) for name, v in vars(self.options).items()})
+        typed = self.all_gather({name: repr(v) for name, v in vars(self.options).items()})
         for rank, theirs in enumerate(typed):
             for name, value in theirs.items():
                 if value != typed[0][name]:
@@ -166,7 +166,7 @@ class ProcessGroup:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def gather_all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
@@ -250,7 +250,7 @@ class Heartbeat(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank = store, rank
         self._lock, self._done = threading.Lock(), threading.Event()
-        # Of each other one the last beat, and in which of its own this process saw it.
+        # Of each other rank: its last beat, and this process's own beat when it was seen.
         self._heard = dict.fromkeys({*range(size)} - {rank}, (b"", 0))
         self._beat = 0
         self._failing = False
@@ -270,7 +270,7 @@ class Heartbeat(threading.Thread):
                 return
 
     def _why(self) -> str | None:
-        """Return why this process should end, or None; '' where another process says why.
+        """Return None to go on, '' to end silently, or else a reason to print before the end.
 
         Time is counted in this process's own beats, since the machine may have been suspended.
         """
@@ -288,7 +288,7 @@ class Heartbeat(threading.Thread):
         return None
 
     def _end(self, why: str) -> None:
-        # It may be about to end by itself, and to say more.
+        # The main thread may be about to end the process by itself, with a better message.
         if not self._done.wait(8 if self._failing else 3):
             if why:
                 say(f"train.py: error: rank {self.rank}: {why}")
@@ -307,7 +307,7 @@ class Heartbeat(threading.Thread):
         return self._ask(lambda: self.store.add(key, 1)) in (1, None)
 
     def knows_why(self) -> bool:
-        """Return whether another process has failed and says why, after waiting 2 s at most."""
+        """Return whether another process has failed and says why; poll 20 times, 0.1 s apart."""
         for _ in range(20):
             if self._ask(lambda: self.store.check(["failed"])):
                 return True

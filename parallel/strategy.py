@@ -27,7 +27,7 @@ from engine.signals import INTERRUPTS, Interrupted
 from engine.step import Totals
 from engine.strategy import Strategy
 from models import ContSupNetwork
-from parallel.process_group import ProcessGroup
+from parallel.process_group import TorchrunGroup
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class ParallelStrategy(Strategy):
     waits: AbstractContextManager = nullcontext()
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.group = ProcessGroup(options)
+        self.group = TorchrunGroup(options)
         self.rank, self.size = self.group.rank, self.group.size
         if self.size > 1:
             self.peak_note = f", in that of {self.size} processes which took most"
@@ -84,6 +84,10 @@ class ParallelStrategy(Strategy):
         """Return the states of all modules' loss scalers, from every rank's."""
         raise NotImplementedError
 
+    def state_to_send(self, own: Checkpoint) -> Checkpoint:
+        """Return what rank 0 needs of this rank's part of a checkpoint."""
+        return own
+
     def split(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint with this rank's scalers and totals."""
         raise NotImplementedError
@@ -100,8 +104,8 @@ class ParallelStrategy(Strategy):
     def broadcast(self, value: T) -> T:
         return self.group.broadcast(value)
 
-    def gather(self, value: T) -> list[T]:
-        return self.group.gather_all(value)
+    def all_gather(self, value: T) -> list[T]:
+        return self.group.all_gather(value)
 
     # Setting up
 
@@ -125,7 +129,7 @@ class ParallelStrategy(Strategy):
         data = load()
         if not self.group.local_rank:
             dist.barrier()
-        by_rank = self.gather(_checksums(data))
+        by_rank = self.all_gather(_checksums(data))
         for rank, checksums in enumerate(by_rank):
             if checksums != by_rank[0]:
                 raise InputError(f"rank {rank} has other images than rank 0: give all the same")
@@ -183,15 +187,15 @@ class ParallelStrategy(Strategy):
             progress.show(step, self.merge_losses(parts))
             self._shown.popleft()
 
-    def reduce(self, totals: Totals) -> Totals:
-        parts = self.gather(_on_cpu(totals.state()))
+    def all_reduce(self, totals: Totals) -> Totals:
+        parts = self.all_gather(_on_cpu(totals.state()))
         reduced = Totals(self.network, torch.device("cpu"), list(self.network.local_modules))
         reduced.load(self.merge_totals(parts))
         return reduced
 
     def figures(self, own: Totals, trained: Totals, peak: PeakMemory) -> dict[str, Any]:
         """Return the run's figures, and each process's by rank."""
-        of_ranks = self.gather({
+        of_ranks = self.all_gather({
             "samples_per_second": own.samples / own.seconds,
             "peak_memory_bytes": peak.bytes,
             "busy_percent": self.busy_percent,
@@ -213,7 +217,7 @@ class ParallelStrategy(Strategy):
     def end_run(self) -> None:
         """Raise Interrupted on every rank if a signal came to any during the last steps."""
         self.group.all_stop = True
-        if asked := max(self.gather(int(INTERRUPTS.asked or 0))):
+        if asked := max(self.all_gather(int(INTERRUPTS.asked or 0))):
             raise Interrupted(asked)
 
     # Checkpoints
@@ -230,7 +234,7 @@ class ParallelStrategy(Strategy):
             state_dict=_on_cpu(present), momentum=_on_cpu(own.momentum), totals=_on_cpu(own.totals),
             history=(),
         )  # fmt: skip
-        parts = self.group.gather(part)
+        parts = self.group.gather(self.state_to_send(part))
         if parts is None:
             return part
         state, momentum = (

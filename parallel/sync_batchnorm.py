@@ -58,7 +58,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     count = x.numel() // x.shape[1]
-    if count * ranks < 2:
+    if count * ranks < 2:  # every rank has a sample, so two ranks have two values
         raise ValueError("BatchNorm needs two values a channel or more in training")
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     own = torch.stack([mean, var, torch.full_like(mean, count)])[None]

@@ -30,8 +30,8 @@ class FeatureSpec(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "FeatureSpec":
         """Return the spec of features (N, C, S, S)."""
-        is_last = tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
-        layout = torch.channels_last if is_last else torch.contiguous_format
+        is_channels_last = tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
+        layout = torch.channels_last if is_channels_last else torch.contiguous_format
         return cls(tuple(tensor.shape[1:]), tensor.dtype, layout)
 
     def empty(self, samples: int, device: torch.device) -> Tensor:
@@ -106,9 +106,9 @@ class Link(StageIO):
     Args:
         device: of the features.
         incoming: specs of what the process before sends; None for the first process.
-        receive: starts to receive into a contiguous tensor.
+        receive: `dist.irecv` from the process before: contiguous tensor -> Work.
         outgoing: specs of what the next process expects; None for the last process.
-        send: starts to send a contiguous tensor.
+        send: `dist.isend` to the next process: contiguous tensor -> Work.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Link(StageIO):
         self._sizes = deque(sizes)
         self._expect()
 
-    def end(self) -> None:
+    def expect_no_more(self) -> None:
         """Expect no batch after the one that is being received or trained on."""
         self._sizes.clear()
 

@@ -389,7 +389,8 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
     """Return the cuts of the fewest modules whose peak is at most `budget` bytes.
 
     Args:
-        arguments: of `build_network`; `local_module_num` does not matter, and `amp` is off.
+        arguments: of `build_network`; `local_module_num` and `amp` do not matter, since cuts are
+            planned in float32.
         batch_size: samples a step.
         kind: of cuts, `equal`, `balanced` or `auto`.
         budget: in bytes.
@@ -466,7 +467,11 @@ def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
 
 
 def _least(costs: Costs, kind: str) -> tuple[int, int]:
-    """Return the smallest peak of all numbers of modules, and that number."""
+    """Return the smallest peak found in bytes, and its number of modules.
+
+    For auto cuts not every number is tried: from the one whose modules take least, fewer by
+    halves as long as the sum falls.
+    """
     allowed = _allowed(costs, kind)
     if kind != "auto":
         return min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)

@@ -24,7 +24,7 @@ from dataloaders import ImageData, Split
 from engine.checkpoint import read_checkpoint
 from engine.errors import ConnectionLost
 from parallel import process_group
-from parallel.process_group import HEARTBEAT_TIMEOUT, Heartbeat, ProcessGroup, rendezvous
+from parallel.process_group import HEARTBEAT_TIMEOUT, Heartbeat, TorchrunGroup, rendezvous
 from parallel.strategy import ParallelStrategy
 
 RUN = [
@@ -135,14 +135,14 @@ def one(monkeypatch):
     """The process group of one process, not entered."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
-    return ProcessGroup(argparse.Namespace(device="cpu", lr=0.1))
+    return TorchrunGroup(argparse.Namespace(device="cpu", lr=0.1))
 
 
 def test_other_options_on_one_rank(one):
     typed = {"device": "'cpu'", "lr": "0.1"}
-    one.gather_all = lambda own: [typed, own]
+    one.all_gather = lambda own: [typed, own]
     one._check_options()
-    one.gather_all = lambda own: [own, typed | {"lr": "0.2"}]
+    one.all_gather = lambda own: [own, typed | {"lr": "0.2"}]
     with pytest.raises(InputError, match=r"rank 1 was started with --lr 0.2, and rank 0 with 0.1"):
         one._check_options()
 
@@ -182,7 +182,7 @@ def test_one_process_of_a_machine_loads_first_and_all_load_the_same(one, monkeyp
     monkeypatch.setattr(dist, "barrier", lambda: log.append("barrier"))
     strategy = ParallelStrategy(one.options)
     strategy.group.local_rank = local_rank
-    strategy.group.gather_all = lambda own: seen.append(own) or [seen[0], own]
+    strategy.group.all_gather = lambda own: seen.append(own) or [seen[0], own]
 
     def load(pixel, contiguous=False):
         log.append("load")
