@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cli import main
 
 import configs
 import losses
-from engine.options import build_parser
+from engine.options import build_parser, read_options
 from models import auxiliary, context, resnet
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,18 @@ def test_each_option_is_in_the_table_of_its_group():
         if group._group_actions and group.title not in ("options", "positional arguments")
     }
     assert {title: set(re.findall(r"`(-.*?)`", row)) for title, row in rows.items()} == groups
+
+
+def test_options_of_the_commands_that_are_shown_are_right():
+    shown = 0
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(
+            r"^(?:\$ )?(?:python|torchrun .*--) (train\.py .*)", text, re.MULTILINE
+        ):
+            read_options(shlex.split(line)[1:])
+            shown += 1
+    assert shown >= 6
 
 
 def test_links_lead_somewhere():
