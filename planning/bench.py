@@ -4,7 +4,7 @@ python -m planning.bench --dataset cifar10 --layers 32 --local_module_num 16 --c
     --batch_size 128 --versus="--amp bf16 --compile"
 
 Plain are eager modules in contiguous float32, with ungrouped encoders and nothing recomputed. Each
-row of the table has a process of its own, because some options hold for a whole process. The rows
+row of the table has a process of its own, because some options hold for a process. The rows
 take turns step by step, so that other work on the machine slows all of them alike. With
 `--parallel modules` the rows are one process, and several that share the modules.
 """

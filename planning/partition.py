@@ -180,7 +180,7 @@ class Costs:
 def unit_costs(
     module: LocalModule, images: Tensor, recompute: bool
 ) -> tuple[UnitCosts, list[Shape]]:
-    """Return the costs of the units of a module that is a whole net, and their outputs' shapes."""
+    """Return the costs of the units of a module that is the full net, and their outputs' shapes."""
     kept, backward, shapes = _meter_units(module, images, recompute)
     kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
     outputs = [feature_bytes(len(images), shape) for shape in shapes]

@@ -50,7 +50,7 @@ class DevicePlan:
 class PipelinePlan:
     """One number of processes.
 
-    `samples_per_second` is of a whole epoch. The bubble is the part of it in which the slowest
+    `samples_per_second` is of a full epoch. The bubble is the part of it in which the slowest
     device, or the slowest link if that is slower, is idle: until the first batch reaches it, and
     from its last batch to the end. Below `binding_gbs`, in 10^9 bytes a second, the slowest link
     takes longer than the slowest device; None without links.
