@@ -121,7 +121,7 @@ class TorchrunGroup:
             ) from error
         except (InputError, CannotSave, Diverged) as error:
             self.heartbeat.fail()
-            if not self.heartbeat.is_first_report(str(error)):
+            if not self.heartbeat.is_first_report():
                 raise PeerFailed from error
             raise
         except BaseException:
@@ -301,9 +301,12 @@ class Heartbeat(threading.Thread):
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             time.sleep(2)  # else this torchrun may be gone, with its store, before others know it
 
-    def is_first_report(self, error: str) -> bool:
-        """Return whether this process is the first on its machine to report this error."""
-        key = f"reported on {os.environ.get('GROUP_RANK', '0')}: {error}"  # that is, on a machine
+    def is_first_report(self) -> bool:
+        """Return whether this process is the first on its machine to report an error.
+
+        Several may find something wrong in the same step, each in its own modules.
+        """
+        key = f"reported on {os.environ.get('GROUP_RANK', '0')}"  # torchrun's number of a machine
         return self._ask(lambda: self.store.add(key, 1)) in (1, None)
 
     def knows_why(self) -> bool:
