@@ -24,7 +24,7 @@ from configs import DATASETS, InputError
 from dataloaders import Batches, ImageData, load_dataset
 from engine.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
 from engine.console import print_network, tolerant_output
-from engine.device import CompileTime, configure_backends, device_name
+from engine.device import configure_backends, device_name
 from engine.errors import Diverged, run_script
 from engine.memory import readable
 from engine.options import build_parser, read_options
@@ -66,22 +66,23 @@ def main(argv: list[str]) -> None:
         dry_run(read_options(argv)[0])
         return
     with strategy, ExitStack() as stack:
-        job = strategy.on_first(lambda: prepare(argv, stack))
+        job = strategy.on_first(lambda: prepare(argv, typed.resume, stack))
         if job is not None and job.options.evaluate:
             evaluate_checkpoint(job, strategy)
         elif job is not None:
             train(job, strategy)
 
 
-def prepare(argv: list[str], stack: ExitStack) -> Job | None:
+def prepare(argv: list[str], resume: str | None, stack: ExitStack) -> Job | None:
     """Read options and checkpoint, choose the network, and lock the run folder.
 
     Args:
+        resume: `--resume` as typed.
         stack: gives the lock back when the run ends.
     Returns:
         None where the run that is asked for is finished already.
     """
-    before = last_written(build_parser().parse_args(argv).resume)
+    before = last_written(resume)
     options, checkpoint = read_options(argv)
     if options.evaluate:
         return Job(options, checkpoint, None, *choose_network(options))
@@ -100,7 +101,7 @@ def prepare(argv: list[str], stack: ExitStack) -> Job | None:
     if is_auto:
         if newest is not None:
             checkpoint = folder.found[newest]
-            options, _ = read_options([*argv, "--resume", str(newest)], checkpoint)
+            options, _ = read_options([*argv, f"--resume={newest}"], checkpoint)
         chosen = choose_network(options)
     if not folder.prepare(options, checkpoint):
         done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
@@ -122,7 +123,6 @@ def train(job: Job, strategy: Strategy) -> None:
     """Train into the run folder, from the checkpoint if there is one; raise what Training does."""
     options = job.options
     folder = strategy.run_folder(job.folder, options)
-    compile_time = CompileTime() if options.compile else None
     network, device = make_network(job, strategy)
     if job.predicted_peak:
         precision = "" if options.amp == "off" else " (in float32)"
@@ -135,8 +135,10 @@ def train(job: Job, strategy: Strategy) -> None:
         kept = train_batches.device_bytes + test_batches.device_bytes
         print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
     training = Training(
-        network, options, folder, train_batches, test_batches, data.classes, strategy, compile_time
+        network, options, folder, train_batches, test_batches, data.classes, strategy
     )
+    if options.compile:
+        print("the first step compiles each module, which takes a minute or more", flush=True)
     if job.checkpoint is not None:
         training.load(job.checkpoint)
     folder.open(job.checkpoint, device_name(device), strategy.describe())

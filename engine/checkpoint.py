@@ -185,7 +185,8 @@ def _check_parts(checkpoint: Checkpoint) -> None:
     for state in checkpoint.scalers:
         _check(state.keys() == SCALER and all(map(_is_number, state.values())), "scalers")
     if totals := dict(checkpoint.totals):
-        numbers = [totals.pop(name) for name in ("samples", "steps", "full", "seconds")]
+        totals.pop("full", None)  # earlier versions have it
+        numbers = [totals.pop(name) for name in ("samples", "steps", "seconds")]
         _check(all(_is_number(n) and n > 0 for n in numbers), "totals")
         sums = totals.values()
         _check(all(_is_plain_tensor(t) and t.isfinite().all() for t in sums), "totals")

@@ -13,31 +13,17 @@ from typing import TextIO
 from tqdm import tqdm
 
 from configs import one_line
-from engine.device import CompileTime
 from engine.memory import readable
 from models import ContSupNetwork
 
 
 class Progress(tqdm):
-    """A bar on a terminal, lines elsewhere; use it with `with`.
+    """A bar on a terminal, lines elsewhere; use it with `with`."""
 
-    With `compile_time` it also prints what a step compiled, and how long that took.
-    """
-
-    def __init__(
-        self, epoch: int, epochs: int, steps: int, compile_time: CompileTime | None, done: int = 0
-    ) -> None:
-        self.compile_time = compile_time
+    def __init__(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
         self.title = f"epoch {epoch:3}/{epochs}"
         super().__init__(total=steps, initial=done, desc=self.title, leave=False,
                          file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
-
-    def took(self) -> None:
-        """Count a step that is done."""
-        self.update()
-        if self.compile_time is not None and self.compile_time.is_news():
-            self.clear()
-            print(self.compile_time.news(), flush=True)
 
     def show(self, step: int, losses: list[float]) -> None:
         """Show the mean losses up to `step`, from 1."""

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import time
 
 import torch
 
@@ -80,40 +79,3 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import TorchDynamoException
 
     return (TorchDynamoException,)
-
-
-class CompileTime:
-    """Seconds and number of compilations since it was made.
-
-    Attributes:
-        seconds: spent compiling; nested compilations count once.
-        count: compilations; a forward and its backward are two.
-    """
-
-    def __init__(self) -> None:
-        from torch._dynamo.callback import callback_handler  # imports for seconds
-
-        self.seconds, self.count = 0.0, 0
-        self._depth, self._start, self._reported = 0, 0.0, 0
-        callback_handler.register_start_callback(self._begin)
-        callback_handler.register_end_callback(self._end)
-
-    def is_news(self) -> bool:
-        """Return whether something was compiled since the last `news`."""
-        return self.count > self._reported
-
-    def news(self) -> str:
-        """Return what was compiled so far, in a line."""
-        self._reported = self.count
-        return f"compiled {self.count} graphs in {self.seconds:.1f} s so far"
-
-    def _begin(self, _: object) -> None:
-        if not self._depth:
-            self._start = time.perf_counter()
-        self._depth += 1
-
-    def _end(self, _: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self.seconds += time.perf_counter() - self._start
-            self.count += 1

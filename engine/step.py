@@ -36,7 +36,6 @@ class Totals:
         modules: the network's stage, unless others are given.
         samples, steps: counted in the sums.
         seconds: that the steps took; the training loop sets it.
-        full: size of the largest batch.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Totals:
         modules: list[LocalModule] | None = None,
     ) -> None:
         self.modules = modules or network.stage
-        self.samples = self.steps = self.full = 0
+        self.samples = self.steps = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
         self._wrong = torch.zeros(len(self.modules), dtype=torch.float64, device=device)
@@ -64,7 +63,6 @@ class Totals:
         self._finite_steps += self._losses.isfinite()
         self.samples += samples
         self.steps += 1
-        self.full = max(self.full, samples)
 
     def losses(self) -> list[float]:
         """Return the mean loss of each module."""
@@ -87,13 +85,12 @@ class Totals:
         """Return all of it, for `load` to continue from."""
         return {
             "losses": self._losses, "wrong": self._wrong, "finite_steps": self._finite_steps,
-            "samples": self.samples, "steps": self.steps, "full": self.full,
-            "seconds": self.seconds,
+            "samples": self.samples, "steps": self.steps, "seconds": self.seconds,
         }  # fmt: skip
 
     def load(self, state: dict[str, Tensor | int]) -> None:
         """Continue from a `state`; raise ValueError unless it has the same modules and types."""
-        if state.keys() != self.state().keys():
+        if not state.keys() >= self.state().keys():
             raise ValueError(f"it has {', '.join(map(str, state)) or 'nothing'}")
         for name, own in self.state().items():
             value = state[name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs import InputError, one_line
-from dataloaders import Batches, epoch_seed
+from dataloaders import Batches, epoch_seed, share_sizes
 from engine.checkpoint import (
     CannotSave,
     Checkpoint,
@@ -21,7 +21,7 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.console import Progress, print_epoch, print_summary
-from engine.device import CompileTime, compile_errors, device_name
+from engine.device import compile_errors, device_name
 from engine.errors import Diverged
 from engine.memory import PeakMemory
 from engine.options import BATCH_OPTIONS, PERFORMANCE_OPTIONS
@@ -53,7 +53,6 @@ class Training:
         test_batches: plain.
         classes: their names, in the order of the targets.
         strategy: how the work is divided among processes.
-        compile_time: counts compilations, with --compile.
     Attributes:
         epoch: epochs done.
         totals: sums of the epoch in progress.
@@ -69,12 +68,10 @@ class Training:
         test_batches: Batches,
         classes: list[str],
         strategy: Strategy,
-        compile_time: CompileTime | None = None,
     ) -> None:
         self.network, self.options, self.folder = network, options, folder
         self.train_batches, self.test_batches, self.classes = train_batches, test_batches, classes
-        self.strategy, self.compile_time = strategy, compile_time
-        self.device = train_batches.device
+        self.strategy, self.device = strategy, train_batches.device
         self.data_bytes = train_batches.device_bytes + test_batches.device_bytes
         self.optimizers = make_optimizers(network)
         self.peak = PeakMemory(
@@ -152,14 +149,16 @@ class Training:
         """Train on the batches of an epoch that are left."""
         steps, totals = len(self.train_batches), self.totals
         seconds_before, start = totals.seconds, time.perf_counter()
-        progress = Progress(epoch, self.options.epochs, steps, self.compile_time, done=totals.steps)
+        progress = Progress(epoch, self.options.epochs, steps, done=totals.steps)
         batches = self.strategy.batches(self.train_batches, epoch, skip=totals.steps)
+        rank, world_size = self.strategy.share
+        largest_batch = share_sizes(self.train_batches.sizes()[0], world_size)[rank]
         self.network.train()
         with progress, self.anomaly_mode():
             for step, (images, targets) in enumerate(batches, start=totals.steps + 1):
                 alive = partial(tensors_alive, self.network, self.optimizers, images, targets)
                 # A smaller last batch runs eagerly: compiling it would cost more than it saves.
-                is_small = len(targets) < totals.full
+                is_small = len(targets) < largest_batch
                 with (
                     self.network.eagerly() if is_small else nullcontext(),
                     self.peak.step(len(targets), alive),
@@ -168,7 +167,7 @@ class Training:
                         self.network, self.optimizers, images, targets, totals,
                         before_module=partial(self.before_module, epoch, step),
                     )  # fmt: skip
-                progress.took()
+                progress.update()
                 if step == steps or step % self.options.print_freq == 0:
                     self.check_losses(totals)
                     self.strategy.show_losses(step, totals, progress)

@@ -94,8 +94,10 @@ class LocalModule(nn.Module):
 
         Under autocast head and decoder run in the narrow type, and their losses in float32.
         """
-        output = wide(self.head(h_out))
-        decoded = None if self.decoder is None else wide(self.decoder(h_out, pixels.shape[-2:]))
+        output = to_float32(self.head(h_out))
+        decoded = (
+            None if self.decoder is None else to_float32(self.decoder(h_out, pixels.shape[-2:]))
+        )
         with torch.autocast(h_out.device.type, enabled=False):
             task = self.task.function(output, targets)
             reconstruction = None if decoded is None else losses.reconstruction(decoded, pixels)
@@ -237,12 +239,12 @@ class ContSupNetwork(nn.Module):
     def head_output(self, module: LocalModule, h_out: Tensor) -> Tensor:
         """Return a module's head output (N, D), float32 under autocast, for its h_out."""
         with self.autocast(h_out.device):
-            return wide(module.head(h_out))
+            return to_float32(module.head(h_out))
 
     def reconstruction(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
         """Return what a module's decoder makes of h_out: images (N, 3, *size) in [0, 1]."""
         with self.autocast(h_out.device):
-            return wide(module.decoder(h_out, size)).sigmoid()
+            return to_float32(module.decoder(h_out, size)).sigmoid()
 
     def local_step(
         self,
@@ -345,6 +347,6 @@ def _count(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """Return x, or a float32 copy of float16 or bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -133,8 +133,7 @@ class DataParallelStrategy(ParallelStrategy):
     def merge_totals(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Add the sums of all samples; a loss is finite where all parts of it are."""
         finite = torch.stack([part["finite_steps"] for part in parts]).amin(0)
-        sums = {name: sum(part[name] for part in parts)
-                for name in ("losses", "wrong", "samples", "full")}  # fmt: skip
+        sums = {name: sum(part[name] for part in parts) for name in ("losses", "wrong", "samples")}
         seconds = max(part["seconds"] for part in parts)
         return {**parts[0], **sums, "finite_steps": finite, "seconds": seconds}
 
@@ -159,7 +158,7 @@ class DataParallelStrategy(ParallelStrategy):
         totals = dict(checkpoint.totals)
         if totals:
             rank, number = self.share
-            totals |= {n: share_sizes(totals[n], number)[rank] for n in ("samples", "full")}
+            totals["samples"] = share_sizes(totals["samples"], number)[rank]
             if rank:
                 totals |= {name: totals[name] * 0 for name in ("losses", "wrong")}
         return checkpoint._replace(totals=totals)

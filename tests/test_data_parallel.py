@@ -61,8 +61,10 @@ def train(network, batches, step=train_step):
     dtype = next(network.parameters()).dtype
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.1
+    largest_batch = 0
     for images, targets in batches:
-        with network.eagerly() if len(targets) < totals.full else nullcontext():
+        largest_batch = max(largest_batch, len(targets))
+        with network.eagerly() if len(targets) < largest_batch else nullcontext():
             step(network, optimizers, images.to(dtype), targets, totals)
     return {
         "weights": {name: p.detach() for name, p in network.named_parameters()},
