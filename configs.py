@@ -4,7 +4,7 @@ Nothing here depends on torch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,32 @@ class DatasetConfig:
     read: Callable[[Path], Any] | None = None
 
 
-CIFAR_MEAN, CIFAR_STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 HALF = (127.5, 127.5, 127.5)
 
-SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
+CIFAR10 = DatasetConfig(
+    classes=10, image_size=32, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7), pad=4,
+    reflect=True, flip=True, batch_size=1024, lr=0.8, per_class=(5000,) * 10,
+)  # fmt: skip
+SVHN = DatasetConfig(
+    classes=10, image_size=32, mean=HALF, std=HALF, pad=2, reflect=False, flip=False,
+    batch_size=1024, lr=0.8,
+    per_class=(4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+)  # fmt: skip
+STL10 = DatasetConfig(
+    classes=10, image_size=96, mean=HALF, std=HALF, pad=4, reflect=False, flip=True,
+    batch_size=128, lr=0.1, per_class=(500,) * 10,
+)  # fmt: skip
+
 DIGITS_TRAIN = (142, 146, 142, 146, 145, 145, 145, 143, 139, 144)
 
 DATASETS = {
-    "cifar10": DatasetConfig(10, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (5000,) * 10),
-    "cifar100": DatasetConfig(
-        100, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, (500,) * 100
-    ),
-    "svhn": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 1024, 0.8, SVHN_TRAIN),
-    "stl10": DatasetConfig(10, 96, HALF, HALF, 4, False, True, 128, 0.1, (500,) * 10),
+    "cifar10": CIFAR10,
+    "cifar100": replace(CIFAR10, classes=100, per_class=(500,) * 100),
+    "svhn": SVHN,
+    "stl10": STL10,
     # Not in the paper. A mirrored digit is another sign, so digits are not flipped.
-    "digits": DatasetConfig(10, 32, HALF, HALF, 2, False, False, 128, 0.1, DIGITS_TRAIN),
-    "folder": DatasetConfig(None, 32, CIFAR_MEAN, CIFAR_STD, 4, True, True, 1024, 0.8, None),
+    "digits": replace(SVHN, batch_size=128, lr=0.1, per_class=DIGITS_TRAIN),
+    "folder": replace(CIFAR10, classes=None, per_class=None),
 }
 
 SAME_TABLES = {"cifar100": "cifar10"}
