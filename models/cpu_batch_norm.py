@@ -31,17 +31,30 @@ def is_faster_for(layer: nn.Module, x: Tensor) -> bool:
 def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Return `layer(x)` in training, and move the layer's running statistics."""
     out, mean, var = _ByLines.apply(x, layer.weight, layer.bias, layer.eps)
-    with torch.no_grad():
-        count = x.numel() / x.shape[1]
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-        momentum = layer.momentum
-        if momentum is None:  # the mean of all batches
-            momentum = 1 / float(layer.num_batches_tracked)
-        layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
-        var = var * (count / (count - 1))
-        layer.running_var.lerp_(var.to(layer.running_var.dtype), momentum)
+    update_running_statistics(layer, mean, var, x.numel() / x.shape[1])
     return out
+
+
+@torch.no_grad()
+def update_running_statistics(
+    layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: float | Tensor
+) -> None:
+    """Move a layer's running statistics, if it has any, as PyTorch's own BatchNorm does.
+
+    Args:
+        mean, var: (C,) of a batch; the variance is biased.
+        count: values a channel that they are of, at least 2.
+    """
+    if layer.running_mean is None:
+        return
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    momentum = layer.momentum
+    if momentum is None:  # the mean of all batches
+        momentum = 1 / float(layer.num_batches_tracked)
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
+    var = var * (count / (count - 1))
+    layer.running_var.lerp_(var.to(layer.running_var.dtype), momentum)
 
 
 class _ByLines(torch.autograd.Function):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
@@ -24,7 +23,7 @@ from dataloaders import share_sizes
 from engine.checkpoint import Checkpoint
 from models import ContSupNetwork, LocalModule
 from parallel.strategy import ParallelStrategy
-from parallel.sync_batchnorm import SyncBatchNorm2d
+from parallel.sync_batchnorm import SyncBatchNorm2d, gather_rows
 
 
 class SharedBatch:
@@ -50,21 +49,10 @@ class SharedBatch:
         """Return the weight of this rank's mean loss in the batch's, times the number of ranks."""
         return self.sizes[self.rank] * self.number / sum(self.sizes)
 
-    def gather(self, part: Tensor) -> Tensor:
-        """Return all ranks' samples (N, ...), with a gradient, for this rank's (n, ...).
-
-        It is a sum to which each rank adds zeros for the others' samples. So parts may have any
-        sizes, the gradient is one sum too, and the compiler can do it.
-        """
-        before = sum(self.sizes[: self.rank])
-        after = sum(self.sizes) - before - len(part)
-        before, after = (part.new_zeros(n, *part.shape[1:]) for n in (before, after))
-        return collectives.all_reduce(torch.cat([before, part, after]), "sum", dist.group.WORLD)
-
     def supervised_contrastive(self, embeddings: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over this rank's anchors, each compared with all of the batch."""
-        among = self.gather(embeddings), self.gather(targets)
-        first = sum(self.sizes[: self.rank])
+        first, total = sum(self.sizes[: self.rank]), sum(self.sizes)
+        among = gather_rows(embeddings, first, total), gather_rows(targets, first, total)
         return losses.supervised_contrastive(embeddings, targets, among=among, first=first)
 
 

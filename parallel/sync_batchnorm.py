@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
+from models.cpu_batch_norm import update_running_statistics
+
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d over the ranks of the default group, which run the same layers in training.
@@ -30,31 +32,32 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """Return (N, C, H, W) normalised. In training statistics are float32 or wider."""
         if not self.training:
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var, count = _batch_statistics(wide)
-        self._update_running(mean.detach(), var.detach() * count / (count - 1))
+        promoted = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var, count = _batch_statistics(promoted)
+        update_running_statistics(self, mean, var, count)
         scale = (var + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(x.dtype)
+        return torch.addcmul(shift[:, None, None], promoted, scale[:, None, None]).to(x.dtype)
 
-    @torch.no_grad()
-    def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        if self.running_mean is None:
-            return
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:  # the mean of all batches
-            momentum = 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), momentum)
+
+def gather_rows(own: Tensor, start: int, total: int) -> Tensor:
+    """Return all ranks' rows (total, ...), with a gradient, for this rank's own (n, ...).
+
+    It is a sum to which each rank adds zeros for the others' rows. So ranks may have any number of
+    rows, the gradient is one sum too, and the compiler can do it.
+
+    Args:
+        start: place of this rank's first row.
+    """
+    before, after = (own.new_zeros(n, *own.shape[1:]) for n in (start, total - start - len(own)))
+    return collectives.all_reduce(torch.cat([before, own, after]), "sum", dist.group.WORLD)
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and biased variance (C,) over all ranks, and values a channel (0-d).
 
-    A rank fills its row of a table and adds zeros to the others', so all have the same bits.
+    All ranks combine the same table, so they have the same bits.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     count = x.numel() // x.shape[1]
@@ -62,8 +65,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError("BatchNorm needs two values a channel or more in training")
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     own = torch.stack([mean, var, torch.full_like(mean, count)])[None]
-    before, after = (own.new_zeros(n, *own.shape[1:]) for n in (rank, ranks - rank - 1))
-    table = collectives.all_reduce(torch.cat([before, own, after]), "sum", dist.group.WORLD)
+    table = gather_rows(own, rank, ranks)
     means, variances, counts = table.unbind(1)  # each (ranks, C)
     shares = counts / counts.sum(0)
     mean = (shares * means).sum(0)
