@@ -368,10 +368,9 @@ def losses_of(folder):
 )  # fmt: skip
 def test_every_speed_option_trains_the_same(train, option):
     assert train(*ON_CPU, "--output_dir", "plain")[0] == 0
-    status, out, err = train(*ON_CPU, option, "--output_dir", "run")
+    status, _, err = train(*ON_CPU, option, "--output_dir", "run")
     assert (status, err) == (0, [])
     assert_same(losses_of("run"), losses_of("plain"), 2e-3)
-    assert any(line.startswith("compiled ") for line in out) == (option == "--compile")
     assert torch.backends.cudnn.benchmark == (option == "--cudnn_benchmark")
     assert torch.backends.cudnn.allow_tf32 == (option == "--tf32")
     assert torch.backends.cuda.matmul.allow_tf32 == (option == "--tf32")
