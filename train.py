@@ -28,7 +28,8 @@ from engine.device import configure_backends, device_name
 from engine.errors import Diverged, run_script
 from engine.memory import readable
 from engine.options import build_parser, read_options
-from engine.run_folder import RunFolder, run_folder
+from engine.run_folder import RunFolder
+from engine.run_name import run_folder
 from engine.signals import Interrupted
 from engine.step import evaluate
 from engine.strategy import Strategy
@@ -100,7 +101,7 @@ def prepare(argv: list[str], resume: str | None, stack: ExitStack) -> Job | None
     newest = folder.read_checkpoints(options.resume, checkpoint)
     if is_auto:
         if newest is not None:
-            checkpoint = folder.found[newest]
+            checkpoint = folder.contents[newest]
             options, _ = read_options([*argv, f"--resume={newest}"], checkpoint)
         chosen = choose_network(options)
     if not folder.prepare(options, checkpoint):

@@ -1,49 +1,35 @@
-"""The run folder: its files, its lock, its name, and what a run there continues from."""
+"""The run folder: its files, and what a run there continues from."""
 
 import argparse
 import contextlib
-import errno
 import itertools
 import json
 import math
-import os
-import re
 import socket
 import statistics
 import sys
-import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from configs import InputError, one_line
-from engine.checkpoint import CannotSave, Checkpoint, Unreadable, read_checkpoint
+from engine.checkpoint import Checkpoint, Unreadable, read_checkpoint
 from engine.console import note
 from engine.files import write_json, write_text
+from engine.folder_lock import ELSEWHERE, cannot_write, locked
 from engine.memory import PeakMemory
 from engine.options import (
     INVOCATION_OPTIONS,
     NON_TRAINING_OPTIONS,
     PERFORMANCE_OPTIONS,
-    build_parser,
     data_name,
-    fill_in,
 )
 from engine.provenance import git_state, versions
 from engine.tensorboard import Board
-
-LOCK = ".lock"
-"""File in a run folder that says which process trains into it."""
-
-LONGEST_NAME = 200
-"""Bytes of a run folder's name; file systems take 255."""
-
-ELSEWHERE = "choose another --output_dir, --name or --no"
 
 
 class RunFolder:
@@ -55,7 +41,7 @@ class RunFolder:
     Attributes:
         options: those that a checkpoint keeps, complete.
         history: the metrics of the epochs done, a dict each; metrics.jsonl is written from them.
-        found: contents of the checkpoint files here, or why a file is damaged.
+        contents: of the checkpoint files that were read, or why a file is damaged.
     """
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
@@ -69,7 +55,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.plan = path / "plan.json"
         self.history: list[dict] = []
-        self.found: dict[Path, Checkpoint | str] = {}
+        self.contents: dict[Path, Checkpoint | str] = {}
         self._metrics_failed = False
 
     @contextmanager
@@ -79,11 +65,11 @@ class RunFolder:
         Raises InputError if another process does or the folder cannot be written, CannotSave if the
         disk is full.
         """
-        with _locked(self.path):
+        with locked(self.path):
             if self._has_checkpoints_within():
                 yield
             else:
-                with _locked(self.checkpoint.parent):
+                with locked(self.checkpoint.parent):
                     yield
 
     # What a run continues from
@@ -95,7 +81,7 @@ class RunFolder:
     def read_checkpoints(
         self, resumed: str | None = None, checkpoint: Checkpoint | None = None
     ) -> Path | None:
-        """Read the checkpoint files here into `found`; return the newest that is undamaged, if any.
+        """Read the checkpoint files here into `contents`; return the newest undamaged one, if any.
 
         Args:
             resumed, checkpoint: a file that was read already, and its contents.
@@ -104,13 +90,13 @@ class RunFolder:
         """
         for path in self.checkpoints():
             try:
-                same = checkpoint is not None and is_same(resumed, path)
-                self.found[path] = checkpoint if same else read_checkpoint(path)
+                same = checkpoint is not None and same_file(resumed, path)
+                self.contents[path] = checkpoint if same else read_checkpoint(path)
             except Unreadable:
                 raise
             except InputError as error:
-                self.found[path] = one_line(error)  # its traceback would keep what was read
-        steps = {p: c.done for p, c in self.found.items() if isinstance(c, Checkpoint)}
+                self.contents[path] = one_line(error)  # its traceback would keep what was read
+        steps = {p: c.done for p, c in self.contents.items() if isinstance(c, Checkpoint)}
         return max(steps, key=steps.get, default=None)
 
     def prepare(self, options: argparse.Namespace, checkpoint: Checkpoint | None) -> bool:
@@ -126,12 +112,12 @@ class RunFolder:
         """
         self.options, resumed = _kept_options(options), options.resume
         self._check_free(resumed, checkpoint)
-        if is_same(resumed, self.checkpoint) or is_same(resumed, self.best):
+        if same_file(resumed, self.checkpoint) or same_file(resumed, self.best):
             self.history = list(checkpoint.history)
             if not self.history:  # checkpoints of early versions have none
                 rows = read_metrics(self.metrics)
                 self.history = [m for m in rows if m.get("epoch", math.inf) <= checkpoint.epoch]
-        self.found = {p: e for p, e in self.found.items() if isinstance(e, str)}
+        self.contents = {p: e for p, e in self.contents.items() if isinstance(e, str)}
         if checkpoint is None or checkpoint.epoch < options.epochs:
             return True
         if self.is_finished():
@@ -168,11 +154,11 @@ class RunFolder:
 
     def _is_newest(self, resumed: str, checkpoint: Checkpoint) -> bool:
         """Return whether it is checkpoint.pt, or a model_best.pt that has no fewer steps."""
-        if is_same(resumed, self.checkpoint):
+        if same_file(resumed, self.checkpoint):
             return True
-        last = self.found.get(self.checkpoint)
+        last = self.contents.get(self.checkpoint)
         newer = isinstance(last, Checkpoint) and last.done > checkpoint.done
-        return is_same(resumed, self.best) and not newer
+        return same_file(resumed, self.best) and not newer
 
     def to_resume(self) -> str:
         """Return the options that continue the run whose `checkpoints` are here."""
@@ -188,28 +174,28 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Return whether a run with the same learning has left its summary here."""
         summary = _read_json(self.summary)
-        return isinstance(summary.get("error_last"), int | float) and self._is_of(summary)
+        return isinstance(summary.get("error_last"), int | float) and self._has_options_of(summary)
 
     def is_planned(self, in_parallel: bool = False) -> bool:
         """Return whether the plan of the same options is here, for several processes if asked."""
         plan = _read_json(self.plan)
         return (
-            self._is_of(plan, but=NON_TRAINING_OPTIONS)
+            self._has_options_of(plan, ignoring=NON_TRAINING_OPTIONS)
             and plan["config"].keys() == self.options.keys()
             and ("parallel" in plan or not in_parallel)
         )
 
-    def _is_of(self, contents: dict, **but: Collection[str]) -> bool:
+    def _has_options_of(self, contents: dict, **ignoring: Collection[str]) -> bool:
         """Return whether the contents of a summary.json or plan.json are of these options."""
         config = contents.get("config")
-        return isinstance(config, dict) and bool(config) and not self._changed(config, **but)
+        return isinstance(config, dict) and bool(config) and not self._changed(config, **ignoring)
 
     def _changed(
         self,
         earlier: dict[str, object],
-        but: Collection[str] = (*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS),
+        ignoring: Collection[str] = (*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS),
     ) -> list[str]:
-        """Return in words which options differ from an earlier run's, `but` some."""
+        """Return in words which options differ from an earlier run's, without `ignoring`."""
         before, now = _comparable(earlier), _comparable(self.options)
         not_chosen = set()  # before the run begins
         if now["cuts"] is None and (now["partition"] == "auto" or now["memory_budget"]):
@@ -217,7 +203,7 @@ class RunFolder:
         return [
             f"{name} {before[name]}, now {value}"
             for name, value in now.items()
-            if name in before.keys() - {*but, *not_chosen} and before[name] != value
+            if name in before.keys() - {*ignoring, *not_chosen} and before[name] != value
         ]
 
     # What a run writes
@@ -251,7 +237,7 @@ class RunFolder:
         }
         try:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            for path, error in self.found.items():
+            for path, error in self.contents.items():
                 kept = path.rename(_free_name(path))
                 note(f"{error}; it is kept as {kept.name}")
             write_json(self.config, self.options)
@@ -259,7 +245,7 @@ class RunFolder:
             before = self.environment.read_text() if self.environment.exists() else ""
             write_text(self.environment, before + json.dumps(start) + "\n")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self.board = Board(self.path, epoch + 1, note)
 
     def add_epoch(self, metrics: dict, rows: dict[str, Tensor]) -> None:
@@ -324,109 +310,13 @@ class RunFolder:
         Raises InputError if it cannot be written or a plan of other options is there.
         """
         earlier = _read_json(self.plan).get("config") or {}
-        if changed := self._changed(earlier, but=NON_TRAINING_OPTIONS):
+        if changed := self._changed(earlier, ignoring=NON_TRAINING_OPTIONS):
             raise InputError(f"{self.plan} is of other options ({'; '.join(changed)}): {ELSEWHERE}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.plan, plan | {"config": self.options})
         except OSError as error:
             raise InputError(f"cannot write {self.plan}: {one_line(error)}") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock a folder, which is made if need be, and removed again if nothing is put into it.
-
-    The system gives up the lock of a process that dies: a stale lock file is in nobody's way.
-    """
-    lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
-    try:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        owner = "another process"
-        with contextlib.suppress(OSError, ValueError):
-            owner = (path / LOCK).read_text().strip() or owner
-        raise InputError(f"{path} is in use by {owner}: wait, or {ELSEWHERE}") from error
-    except FileExistsError as error:
-        raise InputError(f"{path} is a file, so it can't be the run folder: {ELSEWHERE}") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise _cannot_write(path, error) from error
-        note(f"{path} can't be locked here: see to it that no other run goes there")
-    try:
-        with contextlib.suppress(OSError):
-            (path / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if [entry.name for entry in path.iterdir()] == [LOCK]:
-                (path / LOCK).unlink()
-                for folder in made:
-                    folder.rmdir()
-        lock.release()
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError | CannotSave:
-    kind = CannotSave if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
-    return kind(f"cannot write the run folder {path}: {one_line(error)}")
-
-
-def run_folder(options: argparse.Namespace) -> Path:
-    """Return --output_dir, else the folder of a resumed run, else one named by the options."""
-    if options.output_dir:
-        return Path(options.output_dir)
-    if options.resume not in (None, "auto"):
-        checkpoints = Path(options.resume).parent
-        for folder in (checkpoints, *checkpoints.parents):
-            expected = folder / options.checkpoint
-            if (folder / "config.json").exists() and expected.resolve() == checkpoints.resolve():
-                return folder
-    return Path("runs") / run_name(options)
-
-
-def run_name(options: argparse.Namespace) -> str:
-    """Return a run folder's name: data, net, method, each option that is not as usual, index."""
-    named = {
-        "dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode",
-        *NON_TRAINING_OPTIONS,
-    }  # fmt: skip
-    if options.balanced_memory:
-        named.add("partition")
-    if options.partition == "auto" or options.memory_budget or not options.cuts:
-        named.add("cuts")  # which were chosen, not typed
-    parts = [
-        data_name(vars(options)), f"{options.model}{options.layers}",
-        f"K{options.local_module_num}", options.context_mode, options.local_loss_mode,
-        *unusual_options(vars(options), named),
-    ]  # fmt: skip
-    name = "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
-    name = re.sub(r"[^\w.+-]", "-", name)  # one folder, whatever was typed
-    if len(name.encode()) > LONGEST_NAME:
-        start = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
-        name = f"{start}_{zlib.crc32(name.encode()):08x}"
-    return name
-
-
-def unusual_options(options: dict[str, object], but: Collection[str]) -> list[str]:
-    """Return `name-value` of each option that is not as published (`name` if it is on), `but` some.
-
-    Where the paper has no value, the default counts as published.
-    """
-    usual = build_parser().parse_args([])
-    for deciding in ("dataset", "epochs", "cos_lr"):  # they decide the defaults of others
-        setattr(usual, deciding, options.get(deciding, getattr(usual, deciding)))
-    usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
-    parts = []
-    for option in dict.fromkeys([*usual, *options]):  # in one order, whatever file they are from
-        value = options.get(option, usual.get(option))
-        if option == "cuts" and value:
-            value = f"{zlib.crc32(str(value).encode()):08x}"  # the cuts themselves are too long
-        if option not in but and value != usual.get(option):
-            values = value if isinstance(value, list) else [value]
-            parts.append("-".join([option, *map(str, values)]) if value is not True else option)
-    return parts
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -438,7 +328,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [m for m in metrics if isinstance(m, dict)]
 
 
-def is_same(a: str | Path | None, b: Path | None) -> bool:
+def same_file(a: str | Path | None, b: Path | None) -> bool:
     """Return whether both are there, and one file."""
     return None not in (a, b) and Path(a).exists() and b.exists() and b.samefile(a)
 

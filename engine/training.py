@@ -25,7 +25,7 @@ from engine.device import compile_errors, device_name
 from engine.errors import Diverged
 from engine.memory import PeakMemory
 from engine.options import BATCH_OPTIONS, PERFORMANCE_OPTIONS
-from engine.run_folder import RunFolder, is_same
+from engine.run_folder import RunFolder, same_file
 from engine.signals import INTERRUPTS, Interrupted
 from engine.step import (
     Totals,
@@ -247,7 +247,7 @@ class Training:
                 scaler.load_state_dict(state)
         self.epoch = checkpoint.epoch
         self.has_checkpoint = self.strategy.broadcast(
-            is_same(self.options.resume, self.folder.checkpoint)
+            same_file(self.options.resume, self.folder.checkpoint)
         )
         if checkpoint.totals:
             self._check_steps(checkpoint)

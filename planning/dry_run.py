@@ -12,7 +12,8 @@ from dataloaders import check_image_size, count_classes
 from engine.console import headline, note
 from engine.memory import GIB, readable
 from engine.options import NETWORK_OPTIONS
-from engine.run_folder import RunFolder, run_folder
+from engine.run_folder import RunFolder
+from engine.run_name import run_folder
 from planning.partition import fewest_modules, smallest_peak
 from planning.plan import make_plan, print_plan
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from configs import InputError, choose_cuts, one_line
 from engine.options import NON_TRAINING_OPTIONS, data_name
-from engine.run_folder import read_metrics, unusual_options
+from engine.run_folder import read_metrics
+from engine.run_name import unusual_options
 from models.context import ContextMode
 
 END_TO_END = "end to end"

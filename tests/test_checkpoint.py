@@ -18,7 +18,7 @@ from cli import end_of, few_test_images, metrics_of
 
 import train
 from configs import InputError
-from engine import files, run_folder, training
+from engine import files, run_folder, run_name, training
 from engine.checkpoint import (
     Checkpoint,
     load_weights,
@@ -281,7 +281,7 @@ def test_a_folder_or_nothing_is_no_checkpoint(here):
     ],
 )  # fmt: skip
 def test_a_run_name_is_one_folder_below_runs(typed):
-    name = run_folder.run_name(read_options([*TINY, *typed, "--dataset", "folder"])[0])
+    name = run_name.run_name(read_options([*TINY, *typed, "--dataset", "folder"])[0])
     assert Path(name).name == name
     assert name not in ("", ".", "..")
 
@@ -290,7 +290,7 @@ def test_a_long_run_name_is_cut_and_told_apart(train_py, refused):
     names = set()
     for last in "ab":
         options, _ = read_options([*TINY, "--name", "é" * 63 + last, "--no", "é" * 64])
-        names.add(run_folder.run_name(options))
+        names.add(run_name.run_name(options))
     assert len(names) == 2
     assert all(len(name.encode()) <= 200 for name in names)
     assert train_py(*TINY, "--name", "é" * 64, "--no", "é" * 64)[0] == 0

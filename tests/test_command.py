@@ -14,7 +14,7 @@ import pytest
 
 import train
 from engine.options import read_options
-from engine.run_folder import run_name
+from engine.run_name import run_name
 from report.results import read_setup
 from report.tables import TABLES, fill
 

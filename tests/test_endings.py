@@ -19,7 +19,7 @@ from cli import end_of, metrics_of
 from fork_server import ROOT
 
 import train
-from engine import run_folder, tensorboard, training
+from engine import folder_lock, run_folder, tensorboard, training
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.device import compile_errors
 from engine.errors import exit_status
@@ -383,7 +383,7 @@ def test_a_second_run_into_a_folder_is_refused(server, expected):
         assert f"shared is in use by process {owner} on " in ended.err[0]
     os.kill(owner, signal.SIGKILL)
     assert server.wait(owner).status == -signal.SIGKILL
-    lock = server.folder / "shared" / run_folder.LOCK
+    lock = server.folder / "shared" / folder_lock.LOCK
     assert str(owner) in lock.read_text()  # of one that is dead: it is in nobody's way
     assert server.run(*method, "--resume", "auto").status == 0
     assert end_of(server.folder / "shared") == expected
@@ -403,7 +403,7 @@ def test_runs_that_share_their_checkpoints_folder(server):
 
 def test_a_stale_lock_whose_pid_another_process_has(train_py):
     Path("run").mkdir()
-    Path("run", run_folder.LOCK).write_text(f"process {os.getppid()} on here\n")
+    Path("run", folder_lock.LOCK).write_text(f"process {os.getppid()} on here\n")
     assert train_py(*TINY, "--output_dir", "run")[0] == 0
 
 

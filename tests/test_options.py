@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.options import complete_options, parse_options, read_options
-from engine.run_folder import run_name
+from engine.run_name import run_name
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,9 +20,11 @@ import models
 import train
 from engine.checkpoint import load_momentum, momentum_by_name, read_checkpoint
 from engine.errors import exit_status
+from engine.folder_lock import LOCK
 from engine.memory import MIB
 from engine.options import read_options
-from engine.run_folder import LOCK, RunFolder, run_name
+from engine.run_folder import RunFolder
+from engine.run_name import run_name
 from engine.step import learning_rate, make_optimizers
 from models.official import official_names
 
