@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -261,6 +262,16 @@ def test_a_suspended_machine_is_not_silent():
     assert heartbeat._why() == "rank 1 has sent no heartbeat for 20 s"
     Heartbeat(store, 1, 2).fail()
     assert heartbeat._why() == ""  # rank 1 says why
+
+
+def test_a_silent_process_ends_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    heartbeat = Heartbeat(dist.HashStore(), 0, 2)
+    heartbeat._done = Mock(wait=Mock(side_effect=[False] * 40))  # 40 beats that take no time
+    with pytest.raises(SystemExit) as ended:
+        heartbeat.run()
+    assert ended.value.code == 1
+    assert "rank 0: rank 1 has sent no heartbeat for 20 s" in capsys.readouterr().err
 
 
 def test_processes_that_are_started_again_meet_anew():
