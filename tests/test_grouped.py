@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs import InputError
 from engine.memory import LiveBytes
 from models import build_network, cpu_batch_norm
 from models.context import Encoder, ImageEncoder, RecentEncoder
@@ -59,17 +57,20 @@ def assert_same(actual, expected, tolerance=1e-11):
 
 
 def assert_as_plain(encoder, source, size=3, group=5, tolerance=1e-11):
-    """Output, gradients and running statistics of two steps."""
+    """Output, gradients and running statistics of two steps and of a pass without gradients."""
     twin = copy.deepcopy(encoder)
-    inputs = [source] if source.requires_grad else []
+    inputs, expected_inputs = (
+        [x for x in (source, *net.parameters()) if x.requires_grad] for net in (encoder, twin)
+    )
     for factor in (1, 2):
         output = encoder(source * factor, (size, size), group)
         expected = plain(twin, source * factor, (size, size))
         assert_same(
-            with_gradients(output, *inputs, *encoder.parameters()),
-            with_gradients(expected, *inputs, *twin.parameters()),
-            tolerance,
+            with_gradients(output, *inputs), with_gradients(expected, *expected_inputs), tolerance
         )
+        with torch.no_grad():
+            encoder(source, (size, size), group)
+            plain(twin, source, (size, size))
         assert_same(buffers(encoder), buffers(twin), tolerance)
 
 
@@ -86,19 +87,6 @@ def test_output_gradients_and_statistics_are_the_plain_layers(
     encoder, source = make(kind, side)
     source = source.contiguous(memory_format=layout).requires_grad_()
     assert_as_plain(encoder.train(training), source, size, group)
-
-
-def test_frozen_first_layer():
-    encoder, source = make("image")
-    twin = copy.deepcopy(encoder)
-    for net in (encoder, twin):
-        net[0].requires_grad_(False)
-        net[1].requires_grad_(False)
-    trained, expected = (
-        [p for p in net.parameters() if p.requires_grad] for net in (encoder, twin)
-    )
-    found = with_gradients(encoder(source, (3, 3), 5), *trained)
-    assert_same(found, with_gradients(plain(twin, source, (3, 3)), *expected))
 
 
 def test_two_backwards():
@@ -119,19 +107,6 @@ def exchange(layers, old, new):
             setattr(layers, name, new(layer))
 
 
-def no_statistics(encoder):
-    for bn in norms_of(encoder):
-        bn.track_running_stats, bn.running_mean, bn.running_var = False, None, None
-        bn.num_batches_tracked = None
-
-
-def reflect(encoder):
-    exchange(
-        encoder, nn.Conv2d,
-        lambda c: nn.Conv2d(c.in_channels, c.out_channels, 3, padding=1, padding_mode="reflect"),
-    )  # fmt: skip
-
-
 def of_all_batches(encoder):
     for bn in norms_of(encoder):
         bn.momentum = None
@@ -143,18 +118,13 @@ def norm(new):
 
 CHANGES = {
     "LeakyReLU": lambda e: exchange(e, nn.ReLU, lambda _: nn.LeakyReLU(0.1)),
-    "GELU": lambda e: exchange(e, nn.ReLU, lambda _: nn.GELU()),
-    "PReLU": lambda e: exchange(e, nn.ReLU, lambda _: nn.PReLU()),
     "Softmax2d": lambda e: exchange(e, nn.ReLU, lambda _: nn.Softmax2d()),
-    "reflect": reflect,
-    "affine=False": norm(lambda c: nn.BatchNorm2d(c, affine=False)),
-    "track_running_stats=False": no_statistics,
+    "plain norms": norm(lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)),
     "momentum=None": of_all_batches,
     "GroupNorm": norm(lambda c: nn.GroupNorm(4, c)),
-    "LayerNorm": norm(lambda c: nn.LayerNorm(6)),
     "a third layer": lambda e: e.extend([nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Tanh()]),
     "parametrized": lambda e: nn.utils.parametrizations.weight_norm(e[-3]),
-    "no activation": lambda e: e.pop(-1),
+    "frozen first layer": lambda e: [layer.requires_grad_(False) for layer in (e[0], e[1])],
 }
 
 
@@ -163,41 +133,25 @@ CHANGES = {
 def test_a_changed_encoder_is_the_plain_one(change, layout):
     encoder, source = make("image")
     CHANGES[change](encoder)
-    assert_as_plain(encoder.double(), source.contiguous(memory_format=layout).requires_grad_())
+    assert_as_plain(encoder.double(), source.contiguous(memory_format=layout))
 
 
 @pytest.mark.parametrize("place", range(6))
 def test_hooks_see_and_change_what_they_would_in_plain_layers(place):
     encoder, source = make("image")
+    source = source.contiguous(memory_format=CHANNELS_LAST)
     twin = copy.deepcopy(encoder)
     seen = []
 
     def halve(layer, inputs, output):
-        seen.append(output.detach().clone())
+        seen.append(output)
         return output / 2
 
     for net in (encoder, twin):
         net[place].register_forward_hook(halve)
     found = with_gradients(encoder(source, (3, 3), 5), *encoder.parameters())
-    again = len(seen)
     assert_same(found, with_gradients(plain(twin, source, (3, 3)), *twin.parameters()))
-    for output in seen[:again]:
-        assert_same(output, seen[-1])
-
-
-def test_update_bn_and_forms_of_batchnorm_in_a_network():
-    for change in (lambda n: None, of_all_batches):
-        networks = []
-        for group in (0, 5):
-            torch.manual_seed(0)
-            network = build_network(
-                layers=8, local_module_num=3, context_mode="R1E", image_size=8, context_group=group
-            ).double()
-            change(network)
-            images = torch.randn(12, 3, 8, 8, dtype=torch.float64)
-            torch.optim.swa_utils.update_bn(list(images.split(4)), network)
-            networks.append(network)
-        assert_same(buffers(networks[1]), buffers(networks[0]))
+    assert len({output.shape for output in seen}) == 1
 
 
 def test_a_layer_without_weights_leaves_its_source_alone():
@@ -245,12 +199,6 @@ def test_autocast_of_the_forward_counts(kind, in_forward):
         assert ours.dtype == theirs.dtype
         if index not in biases:  # those of convs before BatchNorm have no gradient but rounding
             assert (ours - theirs).norm() < rounding * theirs.norm()
-
-
-def test_one_value_a_channel_is_refused_as_batchnorm_does():
-    encoder, source = make("recent", side=1, count=1)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        encoder(source, (1, 1), 5)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 9), (2, 12, 8, 8), (4, 20, 3, 5), (1, 3, 6, 1)])
@@ -348,35 +296,3 @@ def test_compiled_code_recomputes_too():
     assert convs == [1 + 4, 1 + 4]  # 12 channels, and 16 in groups of 5
     maps = [shape for shape in given[1] if shape[0] == len(source)]
     assert set(maps) == {tuple(source.shape), (3, 16, 6, 6)}  # and the context's gradient
-
-
-# In networks
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True, "16", None])
-def test_context_group_is_a_whole_number(value):
-    with pytest.raises(InputError, match="context_group must be a whole number"):
-        build_network(layers=8, local_module_num=2, context_group=value)
-
-
-@pytest.mark.parametrize("group", [0, 5, 16])
-def test_context_group_reaches_the_encoders(group):
-    network = build_network(layers=8, local_module_num=3, context_mode="E", context_group=group)
-    calls = []
-    for module in network.local_modules:
-        for encoder in module.context.values():
-            encoder.register_forward_pre_hook(lambda _, args: calls.append(args[2]))
-    network(torch.randn(2, 3, 32, 32))
-    assert calls == [group, group]
-
-
-@pytest.mark.parametrize("group", [1, 5, 24])
-@pytest.mark.parametrize("mode", ["R3", "R2E"])
-def test_network_with_groups_stays_on_the_device(mode, group):
-    """On fake CUDA tensors, which raise where an operation mixes devices."""
-    with FakeTensorMode(), torch.device("cuda"):
-        network = build_network(
-            layers=8, local_module_num=4, context_mode=mode, image_size=8, context_group=group
-        )
-        for _, h_out in network.features(torch.randn(4, 3, 8, 8)):
-            assert h_out.device.type == "cuda"
