@@ -177,15 +177,3 @@ def test_a_damaged_checkpoint_is_refused_or_is_what_it_was(tmp_path, examples):
         load_weights(network, found)
 
     check()
-
-
-@MANY
-def test_bytes_that_were_never_a_checkpoint(tmp_path, examples):
-    @settings(REPRODUCIBLE, max_examples=examples)
-    @given(st.binary(max_size=300))
-    def check(data):
-        (tmp_path / "bytes.pt").write_bytes(data)
-        with pytest.raises(InputError):
-            read_checkpoint(tmp_path / "bytes.pt")
-
-    check()
