@@ -1,6 +1,6 @@
 """Constants of data sets, cuts and loss scales, as published in ContSup (arXiv 2312.07636).
 
-Nothing here depends on torch.
+The error for bad input is here too, since nothing here depends on torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ Cut = tuple[int, int]
 
 
 class InputError(ValueError):
-    """An option, file or data set of the user's that is wrong; the message says what is right."""
+    """A wrong option, file or data set of the user's. The message says what would be right."""
 
 
 def one_line(error: Exception | str) -> str:
@@ -32,16 +32,16 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A data set's constants (README, "Data").
+    """A data set's constants.
 
     Attributes:
         classes: number of classes; None where the images on disk decide it.
         image_size: side in pixels.
         mean, std: per channel, in pixels of 0..255.
         pad: pixels added on each side before the random crop back to `image_size`.
-        reflect: whether they are reflected, or else black.
+        reflect: pad by reflection, else with black.
         flip: whether training images are mirrored at random.
-        batch_size, lr: the published defaults.
+        batch_size, lr: the defaults; published ones for the paper's data sets.
         per_class: number of training images of each class, for plans; None if it is not known.
         read: folder -> `dataloaders.ImageData`; None where `dataloaders.READERS` has it.
     """
@@ -75,6 +75,7 @@ STL10 = DatasetConfig(
     batch_size=128, lr=0.1, per_class=(500,) * 10,
 )  # fmt: skip
 
+# Of the training split that dataloaders.py draws.
 DIGITS_TRAIN = (142, 146, 142, 146, 145, 145, 145, 143, 139, 144)
 
 DATASETS = {
@@ -168,13 +169,13 @@ def choose_cuts(layers: int, K: int, dataset: str, balanced_memory: bool = False
 
 
 def balanced_cuts_are_equal(layers: int, K: int | None, dataset: str) -> bool:
-    """Return whether balanced cuts are published for this net and equal its equal ones."""
+    """Return whether this net's published balanced cuts are the same as its equal ones."""
     balanced = BALANCED_CUTS.get((layers, _dataset_with_tables(dataset), K))
     return balanced is not None and balanced == EQUAL_CUTS.get((layers, K))
 
 
 def check_cuts(cuts: Sequence[Cut], layers: int, K: int) -> None:
-    """Raise InputError unless these are K-1 units of a ResNet, in order and without its last."""
+    """Raise InputError unless cuts are K-1 units in order, none of them the last unit."""
     units = unit_names(layers)
     _check_module_num(K, layers)
     if not isinstance(cuts, Sequence) or len(cuts) != K - 1:
@@ -227,6 +228,7 @@ def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: boo
 
     Raises InputError if the paper has no row for it.
     """
+    balanced_memory = balanced_memory and not balanced_cuts_are_equal(layers, K, dataset)
     table = BALANCED_LOSS_SCALES if balanced_memory else LOSS_SCALES
     rows = table.get((layers, _dataset_with_tables(dataset)), {})
     if K not in rows:

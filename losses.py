@@ -14,8 +14,8 @@ def supervised_contrastive(
     embeddings: Tensor,
     targets: Tensor,
     temperature: float = TEMPERATURE,
-    among: tuple[Tensor, Tensor] | None = None,
-    first: int = 0,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return the supervised contrastive loss of a batch, with one view per sample.
 
@@ -27,16 +27,18 @@ def supervised_contrastive(
         embeddings: (N, D) outputs of an auxiliary head, not normalised.
         targets: (N,) class indices.
         temperature: T.
-        among: (M, D) and (M,) of a larger batch to compare with, if these N are rows `first` to
-            `first` + N - 1 of it.
+        candidates: embeddings (M, D) and targets (M,) of the whole batch, of which these N are a
+            part (`--parallel data`); None where these N are the batch.
+        first_row: index of anchor 0 in the candidates.
     Returns:
         0-d mean over all N anchors.
     """
     z = F.normalize(embeddings, dim=1)
     all_z, all_targets = z, targets
-    if among is not None:
-        all_z, all_targets = F.normalize(among[0], dim=1), among[1]
-    is_self = torch.eye(len(all_z), dtype=torch.bool, device=z.device)[first : first + len(z)]
+    if candidates is not None:
+        all_z, all_targets = F.normalize(candidates[0], dim=1), candidates[1]
+    is_self = torch.eye(len(all_z), dtype=torch.bool, device=z.device)
+    is_self = is_self[first_row : first_row + len(z)]
     # The lowest finite number, not -inf: a batch of one would turn -inf - -inf into NaN.
     similarity = (z @ all_z.T / temperature).masked_fill(is_self, torch.finfo(z.dtype).min)
     log_p = similarity.log_softmax(dim=1)
@@ -45,7 +47,7 @@ def supervised_contrastive(
     return -(log_p_positive / positive.sum(dim=1).clamp(min=1)).mean()
 
 
-def reconstruction(decoded: Tensor, pixels: Tensor) -> Tensor:
+def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     """Return the mean binary cross entropy between a decoder's image and the input.
 
     Args:
@@ -63,16 +65,19 @@ class TaskLoss(NamedTuple):
     Attributes:
         function: (head output (N, D), targets (N,)) -> 0-d loss.
         classifies: whether the head's output is a logit per class; else it is an embedding.
+        compares_samples: whether the loss of a sample depends on the other samples. If so, the
+            function also takes `candidates` and `first_row`, as `supervised_contrastive` does.
     """
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
     classifies: bool
+    compares_samples: bool = False
 
 
 CROSS_ENTROPY = TaskLoss(F.cross_entropy, classifies=True)
 
 LOCAL_LOSSES = {
     "cross_entropy": CROSS_ENTROPY,
-    "contrast": TaskLoss(supervised_contrastive, classifies=False),
+    "contrast": TaskLoss(supervised_contrastive, classifies=False, compares_samples=True),
 }
 """Losses by their `--local_loss_mode`."""

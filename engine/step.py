@@ -159,7 +159,7 @@ def train_step(
         before_module: called with each module before its forward.
         after_module: called with each module when its gradients are freed.
     """
-    state, pixels = network.io.receive(network.mode, images), network.pixels(images)
+    state, pixels = network.begin(images)
     for module, optimizer in zip(network.stage, optimizers, strict=True):
         if before_module is not None:
             before_module(module)
@@ -174,7 +174,7 @@ def train_step(
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what a step on this device draws from.
+    """Seed the generators of the CPU and of this device.
 
     torch.manual_seed would take 0.1 ms to seed all devices.
     """
@@ -188,7 +188,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def evaluate(
     network: ContSupNetwork, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Totals:
-    """Return cross entropy and error of every head that classifies; the network's own are the last.
+    """Return cross entropy and error of every head that classifies; the real head is the last.
 
     Args:
         batches: of images (N, 3, H, W), normalised, and targets (N,).
@@ -207,7 +207,7 @@ def evaluate(
 
 @torch.no_grad()
 def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor]:
-    """Return the images, and what the decoder at each cut makes of the features there.
+    """Return the images, and those that the decoder at each cut makes of the features there.
 
     Args:
         images: (N, 3, H, W), normalised.
@@ -224,14 +224,14 @@ def reconstructions(network: ContSupNetwork, images: Tensor) -> dict[str, Tensor
         for module, h_out in network.features(images):
             if module.decoder is not None:
                 name = f"cut {list(module.unit_names[-1])}"
-                rows[name] = network.reconstruction(module, h_out, images.shape[-2:])
+                rows[name] = network.decode(module, h_out, images.shape[-2:])
     return rows
 
 
 def tensors_alive(
     network: ContSupNetwork, optimizers: list[LocalSGD], *batch: Tensor
 ) -> list[Tensor]:
-    """Return what exists before a step: weights, statistics, momentum, batch, and transfers."""
+    """Return all tensors before a step: weights, statistics, momentum, batch, and transfers."""
     return [*state_of(network.stage, optimizers), *batch, *network.io.in_flight()]
 
 

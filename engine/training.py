@@ -43,11 +43,11 @@ from models import ContSupNetwork, LocalModule
 
 
 class Training:
-    """The state of a run's training, and the loop that moves it on.
+    """A run's training: the loop over epochs, and the state that it changes.
 
     Args:
         network: on its device.
-        options: complete.
+        options: with all defaults filled in.
         folder: the run folder, to be opened before `run`.
         train_batches: augmented and shuffled.
         test_batches: plain.
@@ -178,11 +178,13 @@ class Training:
                     self.save()
 
     def before_module(self, epoch: int, step: int, module: LocalModule) -> None:
-        """Seed dropout by step and module, so that it is the same wherever a run is resumed."""
+        """Seed dropout by step and module, so that it is the same wherever a run is resumed.
+
+        Without --droprate too: heads and backbones of the user's own may draw numbers.
+        """
         self.current_module = module.index
-        if self.options.droprate:
-            seeds = (step, module.index, *self.strategy.seeds)
-            seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)
+        seeds = (step, module.index, *self.strategy.seeds)
+        seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)
 
     @contextmanager
     def anomaly_mode(self) -> Iterator[None]:
@@ -254,7 +256,8 @@ class Training:
         try:
             if checkpoint.totals:
                 self.totals.load(checkpoint.totals)
-            if checkpoint.peak and not self._changed(checkpoint, PERFORMANCE_OPTIONS):
+            of_memory = (*PERFORMANCE_OPTIONS, "amp", "batch_size", "tf32")
+            if checkpoint.peak and not self._changed(checkpoint, of_memory):
                 self.peak.load(checkpoint.peak)
         except (KeyError, ValueError) as error:
             raise InputError(

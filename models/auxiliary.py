@@ -22,7 +22,7 @@ def conv_linear_head(
 ) -> nn.Sequential:
     """Return an `AcBf` head: A times conv3x3-BN-ReLU, global average pool, B linear layers.
 
-    There is a ReLU between linear layers. Convs are 32w wide on 16 channels and 64w on more; the
+    There is a ReLU between linear layers. Convs are 32w wide on 16 channels, else 64w; the
     first one has stride 2 on fewer than 64 channels. Hidden linear layers are f*w wide. Fractions
     of a width are truncated.
     """
@@ -74,7 +74,7 @@ def auxiliary_head(
         outputs: number of classes, or the embedding's width for `contrast`.
         config: name of an entry in HEADS.
         widen: w, factor of the widths of convs and hidden linear layers.
-        feature_dim: f, width of hidden linear layers.
+        feature_dim: f; hidden linear layers are f*w wide.
     Raises:
         InputError: the name is unknown, or a width truncates to 0.
     """

@@ -28,7 +28,7 @@ SMALLEST_IMAGE = 4
 
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""`--amp`: what autocast narrows to."""
+"""`--amp` -> dtype of autocast."""
 
 WIDEST = 1000
 """An upper bound of `aux_net_widen`, so that a slip of the keyboard is an error of its own."""
@@ -68,7 +68,8 @@ def build_network(
         local_loss_mode: `cross_entropy` or `contrast`, the auxiliary heads' loss.
         dataset: name in `configs.DATASETS`; chooses the published cuts and loss scales, and the
             mean and std that a decoder's target is un-normalised with.
-        image_size: side of the square images in pixels.
+        image_size: side of the square images in pixels. It is only checked: the network itself
+            takes any size.
         num_classes: outputs of the real head and of softmax auxiliary heads.
         balanced_memory: published memory-balanced cuts instead of equal layers.
         h_reconstruct: give each module but the last a decoder.
@@ -105,7 +106,7 @@ def build_network(
     _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
     group_fits = _is_whole(context_group) and context_group >= 0
     _check_range("context_group", context_group, group_fits, "a whole number of at least 0")
-    find_head(aux_net_config)
+    find_head(aux_net_config)  # raises InputError
 
     K = local_module_num
     if cuts is None:
@@ -133,16 +134,18 @@ def build_network(
         if index:
             contexts.push(channels)
         channels = list(part.values())[-1].out_channels
+        decoder, weights = None, (0.0, 1.0)
         if index == K - 1:
-            head = real_head(channels, num_classes)
-            modules.append(LocalModule(supply, part, head, CROSS_ENTROPY, recompute=recompute))
-            break
-        outputs = num_classes if task.classifies else aux_net_feature_dim
-        head = auxiliary_head(channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim)
-        decoding = ()
-        if loss_scale is not None:
-            decoding = Decoder(channels, aux_net_widen), loss_weights(loss_scale, index, K)
-        modules.append(LocalModule(supply, part, head, task, *decoding, recompute=recompute))
+            head, task = real_head(channels, num_classes), CROSS_ENTROPY
+        else:
+            outputs = num_classes if task.classifies else aux_net_feature_dim
+            head = auxiliary_head(
+                channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim
+            )
+            if loss_scale is not None:
+                decoder = Decoder(channels, aux_net_widen)
+                weights = loss_weights(loss_scale, index, K)
+        modules.append(LocalModule(supply, part, head, task, decoder, weights, recompute))
 
     network = ContSupNetwork(modules, mode, dataset, AMP[amp])
     initialise(network)

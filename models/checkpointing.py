@@ -1,8 +1,8 @@
-"""Maps that the backward computes again instead of keeping them: torch.utils.checkpoint.
+"""Activation checkpointing: the backward recomputes activations that autograd has not kept.
 
 `checkpoint_unit` keeps the input of a unit (`--recompute`). `encode_in_groups` runs a context
 encoder with only its input and its pooled output in memory. Its last layer has as many channels as
-the module that it supplies; at the context's own size its maps would outweigh that module. But a
+the module that it supplies; at the context's own size its activations would outweigh that module. A
 channel of a conv, of BatchNorm or of an activation needs no other channel. So the last layer runs
 some channels at a time, in the forward and again in the backward. That changes no number but by the
 order of float sums.
@@ -34,7 +34,7 @@ def checkpoint_unit(unit: nn.Module, x: Tensor) -> Tensor:
     """Return `unit(x)`, of which autograd keeps only x.
 
     The recomputation has the dropout and the autocast of the forward (torch.utils.checkpoint sees
-    to that), and leaves BatchNorm's running statistics where the forward put them.
+    to that). It does not update BatchNorm's running statistics.
     """
     return _checkpoint(unit, x, [unit])
 
@@ -45,17 +45,17 @@ def encode_in_groups(
     """Return the pooled output of an encoder, of which autograd keeps only `source`.
 
     Args:
-        layers: the encoder. The last conv and what follows it run in groups of channels, unless a
-            layer has hooks or is of a type that is not known to allow that.
-        pool: what comes after the layers, for each channel by itself.
+        layers: the encoder. The last conv and the layers after it run in groups of channels, unless
+            one of them has hooks or is of a type that is not known to allow that.
+        pool: follows the layers; it treats each channel by itself.
         source: (N, C_in, H, W).
         group: output channels that are computed at a time, at least 1.
     """
     last_conv = max((i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d)), default=0)
     first, last = layers[:last_conv], layers[last_conv:]
-    channels = last[0].out_channels if _can_be_split(layers) else 0
-    if channels <= group:  # one group, or no groups
+    if not _can_be_split(last) or last[0].out_channels <= group:
         return _checkpoint(lambda x: pool(_run(layers, x)), source, layers)
+    channels = last[0].out_channels
 
     def run_group(x: Tensor, start: int) -> Tensor:
         some = slice(start, start + group)
@@ -87,13 +87,11 @@ def _checkpoint(
 
 
 def _can_be_split(layers: Sequence[nn.Module]) -> bool:
-    """Return whether the last conv and what follows it can run some channels at a time."""
-    for layer in layers:
-        channelwise = type(layer) in CHANNELWISE or getattr(layer, "channelwise", False)
-        channelwise = channelwise or (type(layer) is nn.Conv2d and layer.groups == 1)
-        if not (channelwise and _is_unchanged(layer)):
-            return False
-    return any(type(layer) is nn.Conv2d for layer in layers)
+    """Return whether these are a conv and layers after it that can run some channels at a time."""
+    if not layers or type(layers[0]) is not nn.Conv2d or layers[0].groups > 1:
+        return False
+    channelwise = (type(x) in CHANNELWISE or getattr(x, "channelwise", False) for x in layers[1:])
+    return all(channelwise) and all(map(_is_unchanged, layers))
 
 
 def _is_unchanged(layer: nn.Module) -> bool:
@@ -116,7 +114,7 @@ def _run_channels(
 ) -> Tensor:
     """Run layers with these channels of their weights and running statistics (views of them).
 
-    `count_batch` says whether BatchNorm's number of batches moves.
+    `count_batch` says whether BatchNorm counts the batch.
     """
     for layer in layers:
         tensors = {}
@@ -130,9 +128,9 @@ def _run_channels(
 
 
 class FrozenRunningStatistics:
-    """A context in which a forward moves no running statistics.
+    """A context manager that stops a forward from updating BatchNorm's running statistics.
 
-    A BatchNorm momentum of 0 moves nothing, and leaves what autograd saves as it was the first
+    With a momentum of 0 BatchNorm updates nothing, and autograd saves the same tensors as the first
     time. It may be entered again for another backward.
     """
 
@@ -167,7 +165,7 @@ class Kept(torch.autograd.Function):
 
 
 class RecomputedInput(saved_tensors_hooks):
-    """A context in which x, an output of `Kept` in a checkpoint, is saved without being kept.
+    """A context manager in which autograd saves x, an output of `Kept`, without keeping it.
 
     The first user to need it in the backward has it recomputed, the last lets go of it. Where x
     has no gradient, as with frozen layers, it is kept.

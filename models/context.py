@@ -1,4 +1,4 @@
-"""Context supply: what a module sees besides the output of the one before (README, equation 1)."""
+"""Context supply: the image, or earlier features, added to a module's input (equation 1)."""
 
 import re
 from collections import deque
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ContextMode(NamedTuple):
-    """What a cut is supplied with (paper, section 3.2): `Rn`, `E`, `RnE`, ...
+    """The contexts that each cut is supplied with (paper, section 3.2): `Rn`, `E`, `RnE`, ...
 
     Attributes:
         recent: n, number of the latest module inputs.
@@ -31,8 +31,8 @@ class ContextMode(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "ContextMode":
         """Return the mode of a name; raise InputError for an unknown one."""
-        match = isinstance(name, str) and re.fullmatch(r"(?:R(0|[1-9][0-9]{0,5}))?([A-Z]*)", name)
-        letters = match[2] if match else ""
+        match = isinstance(name, str) and re.fullmatch(r"R0|(?:R([1-9][0-9]{0,5}))?([A-Z]*)", name)
+        letters = (match and match[2]) or ""
         known = set(letters) <= IMAGE_ENCODERS.keys() and len(set(letters)) == len(letters)
         if not match or not name or not known:
             raise InputError(
@@ -81,7 +81,7 @@ class Encoder(nn.Sequential):
         """Return (N, channels, *size) for a context (N, from_channels, H, W).
 
         With `group` > 0 the last layer runs that many channels at a time, and the backward
-        recomputes the maps. With 0 the plain layers run and keep their maps.
+        recomputes the activations. With 0 the plain layers run and keep their activations.
         """
         if group:
             return encode_in_groups(list(self), partial(pool, size=size), source, group)
@@ -147,9 +147,9 @@ class ContextSupply(nn.ModuleDict):
         """Return h_in (N, C, S, S) for h (N, C, S, S) and the contexts by name, all detached."""
         for name, encoder in self.items():
             context = encoder(contexts[name], h.shape[-2:], self.group)
-            # In groups the context is nobody else's; a plain encoder's ReLU has saved it.
-            own = self.group and context is not contexts[name]
-            in_place = own and context.dtype == h.dtype
+            # Autograd has saved a plain encoder's output for its ReLU, but not a grouped one's.
+            is_fresh = self.group > 0 and context is not contexts[name]
+            in_place = is_fresh and context.dtype == h.dtype
             h = context.add_(h) if in_place else h + context
         return h
 

@@ -6,23 +6,23 @@ The paper's step is `ContSupNetwork.module_step`: context (equation 1), forward,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-import losses
 from configs import DATASETS, Cut
+from losses import TaskLoss, reconstruction_loss
 from models.auxiliary import Decoder
 from models.checkpointing import checkpoint_unit
-from models.context import ContextMode, Contexts, ContextSupply, Encoder
+from models.context import ContextMode, Contexts, ContextSupply
 
 
 class LocalModule(nn.Module):
     """The part of a network between two cuts, with encoders, head and decoder of its own.
 
     Args:
-        context: encoders of what is added to the features that enter.
+        context: encoders of the contexts that are added to the features that enter.
         units: backbone units by [stage, block], in order.
         head: real head (last module) or auxiliary head, (N, C, S, S) -> (N, D).
         task: the head's loss.
@@ -38,7 +38,7 @@ class LocalModule(nn.Module):
         context: ContextSupply,
         units: dict[Cut, nn.Module],
         head: nn.Module,
-        task: losses.TaskLoss,
+        task: TaskLoss,
         decoder: Decoder | None = None,
         loss_weights: tuple[float, float] = (0.0, 1.0),
         recompute: bool = False,
@@ -60,7 +60,7 @@ class LocalModule(nn.Module):
         h = h_in
         for unit in units:
             h = checkpoint_unit(unit, h) if self.recompute else unit(h)
-        return last(h)  # its backward comes next: recomputed, its maps would exist twice
+        return last(h)  # its backward runs first, so to recompute it would save no memory
 
     def forward_and_losses(
         self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
@@ -71,48 +71,43 @@ class LocalModule(nn.Module):
         weights of the losses are left out, since they differ from module to module.
         """
         h_out = self(h_in)
-        output, task, reconstruction = self.loss_parts(h_out, targets, pixels)
-        return h_out.detach(), output.detach(), task, reconstruction
+        output, task_loss, reconstruction_loss = self.losses(h_out, targets, pixels)
+        return h_out.detach(), output.detach(), task_loss, reconstruction_loss
 
-    def loss(self, h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the local loss and the head's output (equations 6 to 9).
+    def losses(
+        self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the head's output and the two losses, the second None without a decoder.
+
+        Under autocast head and decoder run in the narrow type, and their losses in float32.
 
         Args:
             h_out: (N, C, S, S), this module's features, before the next cut's context.
             targets: (N,) class indices.
             pixels: (N, 3, H, W) un-normalised images in [0, 1], for a decoder.
         Returns:
-            0-d loss and (N, D) head output.
-        """
-        output, *parts = self.loss_parts(h_out, targets, pixels)
-        return self.weighted_loss(*parts), output
-
-    def loss_parts(
-        self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return head output (N, D), 0-d task loss, and 0-d reconstruction loss or None.
-
-        Under autocast head and decoder run in the narrow type, and their losses in float32.
+            (N, D) head output, 0-d task loss (equation 8) and 0-d reconstruction loss (9).
         """
         output = to_float32(self.head(h_out))
         decoded = (
             None if self.decoder is None else to_float32(self.decoder(h_out, pixels.shape[-2:]))
         )
         with torch.autocast(h_out.device.type, enabled=False):
-            task = self.task.function(output, targets)
-            reconstruction = None if decoded is None else losses.reconstruction(decoded, pixels)
-            return output, task, reconstruction
+            task_loss = self.task.function(output, targets)
+            if decoded is None:
+                return output, task_loss, None
+            return output, task_loss, reconstruction_loss(decoded, pixels)
 
-    def weighted_loss(self, task: Tensor, reconstruction: Tensor | None) -> Tensor:
+    def local_loss(self, task_loss: Tensor, reconstruction_loss: Tensor | None) -> Tensor:
         """Return the local loss (equation 6), 0-d."""
-        if reconstruction is None:
-            return task
+        if reconstruction_loss is None:
+            return task_loss
         lx, ly = self.loss_weights
-        return lx * reconstruction + ly * task
+        return lx * reconstruction_loss + ly * task_loss
 
 
 class ForwardState:
-    """What goes from module to module in one pass over a batch.
+    """The detached features and contexts that one module hands to the next.
 
     Attributes:
         h: (N, C, S, S) features that the last module gave out, detached; the images at first.
@@ -131,11 +126,11 @@ class StageIO:
     """
 
     def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
-        """Return what enters the first module, before its context is added."""
+        """Return the state before the first module: features and contexts."""
         return ForwardState(images, Contexts(mode, images))
 
     def send(self, state: ForwardState) -> None:
-        """Pass on what the last module gave out; its backward is yet to come."""
+        """Pass on the last module's output; its backward is yet to come."""
 
     def in_flight(self) -> Sequence[Tensor]:
         """Return the tensors that are in memory between two steps because of transfers."""
@@ -211,11 +206,12 @@ class ContSupNetwork(nn.Module):
         limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
         limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        step, encode = compiled(LocalModule.forward_and_losses), compiled(Encoder.forward)
+        step = compiled(LocalModule.forward_and_losses)
+        encode = cache(lambda kind: compiled(kind.forward))
         for module in self.stage:
             module.forward_and_losses = partial(step, module)
             for encoder in module.context.values():
-                encoder.forward = partial(encode, encoder)
+                encoder.forward = partial(encode(type(encoder)), encoder)
 
     def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
         """Yield each module of the stage with its h_out (N, C, S, S), first to last.
@@ -241,8 +237,8 @@ class ContSupNetwork(nn.Module):
         with self.autocast(h_out.device):
             return to_float32(module.head(h_out))
 
-    def reconstruction(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return what a module's decoder makes of h_out: images (N, 3, *size) in [0, 1]."""
+    def decode(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the images (N, 3, *size) in [0, 1] that a module's decoder makes of h_out."""
         with self.autocast(h_out.device):
             return to_float32(module.decoder(h_out, size)).sigmoid()
 
@@ -254,7 +250,8 @@ class ContSupNetwork(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run every module's forward and backward, first to last, for a loop of your own.
 
-        train.py uses `engine.step.train_step`, which also steps optimizers and counts errors.
+        train.py uses `engine.step.train_step`, which also steps optimizers, counts errors, and
+        scales the losses of float16; here they are not scaled.
 
         Gradients add to what `.grad` holds. An `after_backward` that steps the module's optimizer
         and frees the gradients keeps those of one module in memory at a time.
@@ -266,7 +263,7 @@ class ContSupNetwork(nn.Module):
         Returns:
             Logits (N, num_classes) of the last module and the K losses, 0-d; all detached.
         """
-        state, pixels = self.io.receive(self.mode, images), self.pixels(images)
+        state, pixels = self.begin(images)
         local_losses = []
         for module in self.stage:
             loss, logits = self.module_step(module, state, targets, pixels)
@@ -274,6 +271,10 @@ class ContSupNetwork(nn.Module):
             if after_backward is not None:
                 after_backward(module)
         return logits, local_losses
+
+    def begin(self, images: Tensor) -> tuple[ForwardState, Tensor | None]:
+        """Return the state before the first module, and the decoders' target, for `module_step`."""
+        return self.io.receive(self.mode, images), self.pixels(images)
 
     def module_step(
         self,
@@ -299,16 +300,15 @@ class ContSupNetwork(nn.Module):
         """
         with self.autocast(targets.device):
             h_in = self._supplied(module, state)
-            h_out, output, task, reconstruction = module.forward_and_losses(h_in, targets, pixels)
+            h_out, output, *losses = module.forward_and_losses(h_in, targets, pixels)
+        del h_in  # from here on only autograd keeps it
         self._pass_on(module, state, h_out)
-        del h_in, h_out
-        loss = module.weighted_loss(task, reconstruction)
-        del task, reconstruction  # after the backward nothing of this module is alive
+        loss = module.local_loss(*losses)
         (loss if scale_loss is None else scale_loss(loss)).backward()
         return loss.detach(), output
 
     def _supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
-        """Return the module's h_in (N, C, S, S) (equation 1), and move the contexts on."""
+        """Return the module's h_in (N, C, S, S) (equation 1), and push it to the contexts."""
         h, state.h = state.h, None  # so that the context can take the place of the features
         if module.index:
             h = module.context(h, state.contexts.named())
@@ -325,7 +325,7 @@ class ContSupNetwork(nn.Module):
         """Return un-normalised images in [0, 1], the decoders' target; None without decoders."""
         if all(module.decoder is None for module in self.stage):
             return None
-        data = DATASETS[self.dataset]
+        data = DATASETS[self.dataset]  # by Python's floats, to the precision of the images
         channels = [
             images[:, c] * (data.std[c] / 255) + data.mean[c] / 255 for c in range(images.shape[1])
         ]

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import losses
 from configs import InputError
 from dataloaders import share_sizes
 from engine.checkpoint import Checkpoint
+from losses import TaskLoss
 from models import ContSupNetwork, LocalModule
 from parallel.strategy import ParallelStrategy
 from parallel.sync_batchnorm import SyncBatchNorm2d, gather_rows
@@ -49,11 +49,15 @@ class SharedBatch:
         """Return the weight of this rank's mean loss in the batch's, times the number of ranks."""
         return self.sizes[self.rank] * self.number / sum(self.sizes)
 
-    def supervised_contrastive(self, embeddings: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over this rank's anchors, each compared with all of the batch."""
-        first, total = sum(self.sizes[: self.rank]), sum(self.sizes)
-        among = gather_rows(embeddings, first, total), gather_rows(targets, first, total)
-        return losses.supervised_contrastive(embeddings, targets, among=among, first=first)
+    def compare_with_all(self, task: TaskLoss) -> TaskLoss:
+        """Return a loss that compares this rank's samples with those of all ranks."""
+
+        def function(embeddings: Tensor, targets: Tensor) -> Tensor:
+            first, total = sum(self.sizes[: self.rank]), sum(self.sizes)
+            candidates = gather_rows(embeddings, first, total), gather_rows(targets, first, total)
+            return task.function(embeddings, targets, candidates=candidates, first_row=first)
+
+        return task._replace(function=function)
 
 
 class DataParallelStrategy(ParallelStrategy):
@@ -98,8 +102,8 @@ class DataParallelStrategy(ParallelStrategy):
         for module in network.stage:
             if self.sync_bn:
                 SyncBatchNorm2d.convert(module)
-            if module.task.function is losses.supervised_contrastive:
-                module.task = module.task._replace(function=self.batch.supervised_contrastive)
+            if module.task.compares_samples:
+                module.task = self.batch.compare_with_all(module.task)
             _wrap_step(module, self.batch)
         if network.compiled:
             # For the process: DDP would split graphs where buckets are full, and --recompute can't

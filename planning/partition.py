@@ -235,8 +235,8 @@ def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tenso
     owned = nn.ModuleList(m for m in (module.head, module.decoder) if m is not None)
     with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
         before = meter.live
-        loss, output = module.loss(h_out, targets, images)
-        loss.backward()
+        output, *losses = module.losses(h_out, targets, images)
+        module.local_loss(*losses).backward()
     peak = meter.peak - before
     return HeadCosts(peak, output.nbytes, parameter_bytes(owned), fixed_bytes(owned))
 

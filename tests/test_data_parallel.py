@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from configs import DATASETS, InputError
 from dataloaders import Batches, Split, share_sizes
 from engine.step import Totals, make_optimizers, train_step
+from losses import LOCAL_LOSSES, TaskLoss, supervised_contrastive
 from models import build_network
 from parallel.data_parallel import DataParallelStrategy
 
@@ -19,8 +21,12 @@ OPTIONS = argparse.Namespace(
 )
 DECODER = {"h_reconstruct": True, "loss_scale": (2, 1, 0.5, 1)}
 CONTRAST = {"local_loss_mode": "contrast"}
+OWN_LOSS = {"local_loss_mode": "warm"}
+LOCAL_LOSSES["warm"] = TaskLoss(
+    partial(supervised_contrastive, temperature=1.0), classifies=False, compares_samples=True
+)
 SYNCED = {
-    "R1E, all": {"context_mode": "R1E", "recompute": True} | CONTRAST | DECODER,
+    "R1E, all": {"context_mode": "R1E", "recompute": True} | OWN_LOSS | DECODER,
     "end to end": {"local_module_num": 1},
     "E, groups of 16": {"context_mode": "E", "context_group": 16},
     "R2, plain encoder": {"context_mode": "R2", "context_group": 0} | DECODER,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from golden import fill
 
-import losses
 import models
 from engine.step import LocalSGD, Totals, evaluate, make_optimizers, train_step
 from models.context import Contexts
@@ -121,8 +120,8 @@ SLIGHTLY_OTHER = {
         optimizer.param_groups[0].update(nesterov=False), step(optimizer))),
     "r32_k8_R2_softmax": (Contexts, "push", lambda push: lambda contexts, h: (
         push(contexts, h * 1.0001))),
-    "r32_k8_R0_softmax_decoder": (losses, "reconstruction", lambda loss: lambda decoded, pixels: (
-        loss(decoded, pixels * 0.9999))),
+    "r32_k8_R0_softmax_decoder": (models.network, "reconstruction_loss", lambda loss: (
+        lambda decoded, pixels: loss(decoded, pixels * 0.9999))),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_reconstruction_is_the_mean_binary_cross_entropy():
     logits = torch.tensor([[[[0.0, 2.0]]]], dtype=torch.float64)
     pixels = torch.tensor([[[[0.25, 1.0]]]], dtype=torch.float64)
     by_hand = (math.log(2) + math.log(1 + math.exp(-2))) / 2
-    assert float(losses.reconstruction(logits, pixels)) == pytest.approx(by_hand, 1e-12)
+    assert float(losses.reconstruction_loss(logits, pixels)) == pytest.approx(by_hand, 1e-12)
 
 
 PUBLISHED_SCALES = """

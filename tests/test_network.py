@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import losses
-from configs import InputError, choose_cuts
+from configs import InputError, choose_cuts, published_loss_scale
 from engine.memory import LiveBytes
 from engine.step import reconstructions
 from models import LocalModule, build_network
 from models.auxiliary import auxiliary_head
-from models.context import Contexts, ContextSupply
+from models.context import IMAGE_ENCODERS, Contexts, ContextSupply, Encoder, ImageEncoder
 
 MODES = ["R0", "R1", "R2", "R3", "E", "R1E", "R2E"]
 DECODERS = {"h_reconstruct": True, "loss_scale": (1, 1, 1, 1)}
@@ -252,10 +252,30 @@ def test_cuts_are_the_published_ones_or_at_equal_numbers_of_units(line):
     assert choose_cuts(int(layers), int(K), *(dataset or ["svhn"]), bool(dataset)) == expected
 
 
+def test_published_loss_scales_of_balanced_cuts_that_are_the_equal_ones():
+    scales = [published_loss_scale(32, 16, "cifar10", balanced) for balanced in (True, False)]
+    assert scales == [(5, 0.05, 0.2, 0.5)] * 2
+
+
+def test_an_encoder_with_a_forward_of_its_own_is_compiled_with_it(monkeypatch):
+    class Doubled(ImageEncoder):
+        def forward(self, *arguments):
+            return 2 * Encoder.forward(self, *arguments)
+
+    monkeypatch.setitem(IMAGE_ENCODERS, "D", Doubled)
+    losses = []
+    for compiled in (False, True):
+        network = tiny(context_mode="D", layers=8, local_module_num=2)
+        if compiled:
+            network.compile_steps("aot_eager")
+        losses.append(network.local_step(*tiny_batch())[1])
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("context_mode", ["R1X", "RE", "", "R01", "E1", None, "R" + "9" * 5000],
+        ("context_mode", ["R1X", "RE", "R0E", "", "R01", "E1", None, "R" + "9" * 5000],
          "unknown context_mode"),
         ("context_mode", ["R5"], "n of Rn may be at most"),
         ("local_module_num", [8], "has 7 units"),
