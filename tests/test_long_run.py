@@ -1,5 +1,6 @@
 """A run of many steps takes no more of the machine at its end than near its beginning."""
 
+import gc
 import os
 import statistics
 import subprocess
@@ -7,13 +8,47 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from cli import TINY
 from fork_server import ROOT
+
+from engine import training
+from engine.memory import LiveBytes
 
 STEPS_AN_EPOCH, EPOCHS = 50, 40
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+
+
+def tensors():
+    """Return how many tensors Python has, and how many of them keep the graph they come from."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return len(found), sum(tensor.grad_fn is not None for tensor in found)
+
+
+def test_no_step_leaves_anything_behind(train_py, monkeypatch):
+    """Bytes, tensors, graphs and open files after each step of the second epoch and of the last."""
+    meter, train_step, seen = LiveBytes(), training.train_step, {2: [], 6: []}
+
+    def step_and_count(*arguments, before_module, **how):
+        train_step(*arguments, before_module=before_module, **how)
+        epoch, _ = before_module.args
+        if epoch in seen:
+            files = len(list(Path("/proc/self/fd").iterdir()))
+            seen[epoch].append((meter.live, *tensors(), files))
+
+    monkeypatch.setattr(training, "train_step", step_and_count)
+    method = [*TINY, "--context_mode", "R1E", "--batch_size", "4", "--epochs", "6"]
+    _, graphs_before = tensors()
+    with meter:
+        assert train_py(*method, "--checkpoint_every", "2", "--output_dir", "run")[0] == 0
+    assert len(seen[2]) == 5
+    assert seen[6] == seen[2]
+    assert {graphs for _, _, graphs, _ in seen[6]} == {graphs_before}
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_and_open_files_stay_flat_over_2000_steps(tmp_path):
     """Seen from outside, at each line that says a step is done."""
     command = [
