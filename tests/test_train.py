@@ -253,6 +253,14 @@ def test_the_peak_is_that_of_the_last_options_for_memory(train_py):
     assert summary_of("mixed")["config"]["context_group"] == 16
 
 
+def test_a_run_that_goes_on_in_another_precision_measures_its_own_peak(train_py):
+    assert train_py(*TINY, "--amp", "bf16", "--epochs", "2", "--output_dir", "narrow")[0] == 0
+    more = ["--resume", "narrow/checkpoint.pt", "--amp", "off", "--epochs", "3"]
+    assert train_py(*more, "--output_dir", "continued")[0] == 0
+    narrow, continued = (summary_of(x)["peak_memory_bytes"] for x in ("narrow", "continued"))
+    assert continued > narrow
+
+
 # Nothing is overwritten
 
 
