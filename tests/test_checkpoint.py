@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cli import TINY as OF_16
 from cli import end_of, few_test_images, metrics_of
 
 import train
@@ -32,10 +33,7 @@ OLD = Path(__file__).parent / "data" / "contsup-1.pt"
 """Written by the code before engine/ was a package, after step 2 of epoch 2 of 2, with 4 of 20
 images a step; tensors as float16, to be small."""
 
-TINY = [
-    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
-    "--local_loss_mode", "cross_entropy", "--batch_size", "8", "--epochs", "2", "--device", "cpu",
-]  # fmt: skip
+TINY = [*OF_16, "--batch_size", "8", "--epochs", "2", "--seed", "0"]
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -64,7 +62,7 @@ def test_a_checkpoint_of_the_old_layout_loads_and_resumes(train_py):
     for name, tensor in network.state_dict().items():
         checksum = zlib.crc32(tensor.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
     assert checksum == 0x50806155  # as the old code loads it
-    status, _, err = train_py("--resume", OLD, "--output_dir", "run", "--device", "cpu")
+    status, _, err = train_py("--resume", OLD, "--lr", "0.01", "--output_dir", "run")
     assert (status, err) == (0, [])
     assert read_checkpoint("run/checkpoint.pt").done == (2, 0)
     # From the third step on: its sums have all 20 images, 8 of them from the file.
@@ -96,8 +94,6 @@ def test_a_pickle_that_runs_code(refused_twice):
     line = refused_twice("bad.pt")
     assert "holds more than tensors and plain values, and might run code" in line
     assert "weights_only" not in line  # no advice to load it in spite of that
-    Path("plain.pt").write_bytes(code)
-    refused_twice("plain.pt")
     assert not Path("executed").exists()
     pickle.loads(code)  # it would have
     assert Path("executed").exists()
@@ -139,13 +135,6 @@ def test_a_flipped_bit_of_a_weight(refused_twice):
     assert f"{entry.filename} in it is damaged" in refused_twice("flipped.pt")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_a_truncated_file(refused_twice, share):
-    data = OLD.read_bytes()
-    Path("cut.pt").write_bytes(data[: int(len(data) * share)])
-    refused_twice("cut.pt")
-
-
 def test_two_archives_in_a_file(refused_twice):
     """Python finds the entries of the second, PyTorch those of the first, at the same offsets."""
     rewritten("good.pt", lambda name, data: data)
@@ -158,8 +147,6 @@ def test_two_archives_in_a_file(refused_twice):
         assert archive.testzip() is None
     assert torch.load("two.pt", weights_only=True)["epoch"] == ord("c")
     assert "more in it than a zip file" in refused_twice("two.pt")
-    Path("two.pt").write_bytes(b"more in front" + good)
-    refused_twice("two.pt")
 
 
 def changed(**parts):
@@ -171,9 +158,9 @@ def changed(**parts):
 def test_other_than_plain_tensors_of_the_right_shape(refused, part):
     tensors = torch.load(OLD, weights_only=True)[part]
     name, good = next(iter(tensors.items()))
-    for bad in (good.to(torch.complex64), good.to("meta"), good.to_sparse(), good[..., None],
-                good.tolist(), None):  # fmt: skip
-        changed(**{part: tensors | {name: bad}})
+    others = good.to(torch.complex64), good.to("meta"), good.to_sparse(), good[..., None], None
+    for other in others:
+        changed(**{part: tensors | {name: other}})
         refused("--resume", "changed.pt", "--output_dir", "run")
     assert not Path("run").exists()
 
@@ -188,7 +175,7 @@ def nested(levels):
 
 ROW = {"epoch": 1, "test_error": 90.0, "samples_per_second": 10.0, "peak_memory_bytes": 1}
 GOOD = {"losses": torch.zeros(2, dtype=torch.float64), "wrong": torch.zeros(2, dtype=torch.float64),
-        "finite_steps": torch.zeros(2, dtype=torch.int64), "samples": 8, "steps": 2, "full": 4,
+        "finite_steps": torch.zeros(2, dtype=torch.int64), "samples": 8, "steps": 2,
         "seconds": 0.5}  # fmt: skip
 HOW = "live tensor storage counted by engine/memory.py in the first two full training steps"
 
@@ -196,22 +183,19 @@ HOW = "live tensor storage counted by engine/memory.py in the first two full tra
 @pytest.mark.parametrize(
     "parts",
     [
-        {"epoch": -1}, {"epoch": True}, {"epoch": 1.0}, {"epoch": nested(60)},
+        {"epoch": -1}, {"epoch": True}, {"epoch": nested(60)},
         {"options": [1]}, {"options": {1: 2}}, {"options": {"layers": nested(60)}},
-        {"classes": "abc"}, {"classes": [1]},
-        {"history": [1]}, {"history": [ROW | {"epoch": 2}]}, {"history": [ROW, ROW]},
-        {"history": [ROW | {"test_error": float("nan")}]}, {"history": [{}]},
-        {"history": [ROW | {"more": nested(60)}]}, {"history": [ROW | {"more": torch.zeros(1)}]},
-        {"scalers": [{}]}, {"scalers": None}, {"totals": [1]}, {"totals": {"steps": 2}},
+        {"classes": "abc"}, {"classes": [1]}, {"scalers": [{}]}, {"scalers": None},
+        {"history": [1]}, {"history": [ROW | {"epoch": 2}]}, {"history": [{}]},
+        {"history": [ROW | {"more": nested(60)}]},
+        {"history": [ROW | {"test_error": float("nan")}]},
+        {"totals": [1]}, {"totals": {"steps": 2}}, {"totals": GOOD | {"losses": torch.zeros(2)}},
         {"totals": GOOD | {"losses": torch.zeros(3, dtype=torch.float64)}},
-        {"totals": GOOD | {"losses": torch.zeros(2)}},
         {"totals": GOOD | {"losses": torch.full((2,), float("nan"), dtype=torch.float64)}},
         {"totals": GOOD | {"steps": 2.0}}, {"totals": GOOD | {"steps": 99}},
-        {"totals": GOOD | {"steps": 0}}, {"totals": GOOD | {"samples": nested(60)}},
-        {"totals": GOOD | {"seconds": 0.0}},
+        {"totals": GOOD | {"steps": 0}}, {"totals": GOOD | {"seconds": 0.0}},
         {"peak": {"bytes": 1}}, {"peak": {"bytes": "1", "largest": 1, "steps": 1, "how": HOW}},
-        {"state_dict": torch.zeros(2)}, {"momentum": None},
-        {"momentum": {"unknown": torch.zeros(1)}},
+        {"state_dict": torch.zeros(2)}, {"momentum": {"unknown": torch.zeros(1)}},
         {"more": 1}, {"format": "contsup-9"}, {"format": nested(60)},
     ],
     ids=lambda parts: next(iter(parts)),
@@ -228,14 +212,11 @@ def test_parts_that_are_not_what_they_should_be(refused, parts):
         ({"output_dir": "elsewhere"}, "'output_dir' 'elsewhere', which no run has"),
         ({"cuts": [["--output_dir=elsewhere", 1]]}, "which no run has"),
         ({"loss_scale": {"a": 1}}, "its options is not what it should be"),
-        ({"checkpoint": "../elsewhere"}, "a folder out of the run's, ../elsewhere"),
         ({"checkpoint": "a/../../elsewhere"}, "a folder out of the run's"),
         ({"name": "../elsewhere"}, "no part of a folder's name"),
-        ({"unheard_of": 1}, "have 'unheard_of' 1, which no run has"),
         ({"layers --output_dir": 1}, "which no run has"),
         ({"output_dir=elsewhere/a": "x"}, "which no run has"),
         ({"layers": "many"}, "'many' is not a whole number"),
-        ({"context_mode": "../../E"}, "unknown context_mode"),
         # A small file that asks for a large network
         ({"aux_net_widen": 1000.0, "aux_net_config": "1c2f"}, "of another architecture"),
         ({"layers": 99998}, "of another architecture"),
@@ -256,12 +237,11 @@ def test_scalers_of_another_number_of_modules(refused):
     assert "another number of modules" in line
 
 
-def test_the_middle_of_an_epoch_keeps_its_steps(train_py, refused):
+def test_the_middle_of_an_epoch_keeps_its_steps(refused):
     for option, value in (("--batch_size", "5"), ("--seed", "1"), ("--limit_per_class", "3")):
         line = refused("--resume", OLD, option, value, "--output_dir", "run")
         assert f"middle of epoch 2, so {option.strip('-')} must stay" in line
     assert not Path("run").exists()
-    assert train_py("--resume", OLD, "--lr", "0.01", "--output_dir", "run")[0] == 0
 
 
 def test_a_folder_or_nothing_is_no_checkpoint(here):
