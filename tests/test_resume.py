@@ -4,15 +4,12 @@ import random
 import signal
 
 import pytest
+from cli import TINY as OF_16
 from cli import end_of
 
 from engine.checkpoint import read_checkpoint
 
-TINY = [
-    "--dataset", "digits", "--limit_per_class", "2", "--layers", "8", "--local_module_num", "2",
-    "--context_mode", "R1E", "--local_loss_mode", "cross_entropy", "--droprate", "0.1",
-    "--batch_size", "4", "--epochs", "3", "--device", "cpu",
-]  # fmt: skip
+TINY = [*OF_16, "--context_mode", "R1E", "--droprate", "0.1", "--batch_size", "4", "--seed", "0"]
 STEPS = 5
 """Of an epoch."""
 
@@ -94,14 +91,11 @@ def random_kills(lines):
     """20 deaths at random: by a clock, at a line of the training or of files, in a write."""
     chance = random.Random(0)
     files = ["engine/files.py", "engine/checkpoint.py"]
-    plans = [
-        *({"after": chance.uniform(0.05, 0.7)} for _ in range(5)),
-        *({"line": chance.randrange(1, lines)} for _ in range(5)),
-        *({"line": chance.randrange(1, 400), "files": files} for _ in range(5)),
-        *({"limit": chance.randrange(1_000, 700_000), "deadly": True} for _ in range(5)),
-    ]
-    chance.shuffle(plans)
-    return plans
+    for _ in range(5):
+        yield {"after": chance.uniform(0.05, 0.7)}
+        yield {"line": chance.randrange(1, lines)}
+        yield {"line": chance.randrange(1, 400), "files": files}
+        yield {"limit": chance.randrange(1_000, 700_000), "deadly": True}
 
 
 @pytest.mark.slow
@@ -110,23 +104,21 @@ def test_killed_at_20_random_moments(server, expected):
     end = expected("often")
     lines = server.run(*TINY, *KINDS["often"], "--output_dir", "counted", line=0).lines
     killed = folders = 0
-    plans = random_kills(lines)
+    plans = [*random_kills(lines)]
     while plans:
         folders += 1
         assert folders < 30
         method = [*TINY, *KINDS["often"], "--resume", "auto", "--output_dir", f"random_{folders}"]
         status = None
         while status != 0:
-            plan = plans.pop() if plans else {}
+            plan = plans.pop(0) if plans else {}
             status = server.run(*method, **plan).status
             assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ)
             if status:
                 killed += 1
             elif plan:  # it came too late
-                sooner = {name: n / 2 if name == "after" else n for name, n in plan.items()}
-                if "line" in plan:
-                    sooner["line"] = plan["line"] // 2
-                plans.insert(0, sooner)
+                halved = {"after": lambda n: n / 2, "line": lambda n: n // 2}
+                plans.append({name: halved.get(name, lambda n: n)(n) for name, n in plan.items()})
         assert_ends_like(server, method, end)
     assert killed == 20
 
