@@ -6,12 +6,10 @@ overlap with the computation on the batch before.
 """
 
 import os
-import stat
 import tarfile
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -25,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
 
 from configs import DATASETS, DatasetConfig, InputError, one_line, printable
 
@@ -93,6 +91,7 @@ def first_of_each_class(targets: Tensor, limit: int | None) -> Tensor:
 
 
 DIGITS = [str(digit) for digit in range(10)]
+STL10 = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
 
 def _digits(data_dir: Path) -> ImageData:
@@ -115,18 +114,14 @@ def _read_split(name: str, root: Path, train: bool, download: bool) -> tuple[Spl
     torchvision checks the MD5 of archives before it extracts them, and that of SVHN's and CIFAR's
     files before it reads them: CIFAR's are pickles, which could run code.
     """
-    if name in ("cifar10", "cifar100"):
-        dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    dataset = getattr(datasets, name.upper())
+    if name.startswith("cifar"):
         part = dataset(root, train, download=download)
         images, targets, classes = part.data.transpose(0, 3, 1, 2), part.targets, part.classes
     else:
-        dataset = datasets.SVHN if name == "svhn" else datasets.STL10
         part = dataset(root, "train" if train else "test", download=download)
-        images, targets, classes = part.data, part.labels, DIGITS
-        if name == "stl10":
-            classes = getattr(part, "classes", [])  # torchvision accepts that the file is missing
-            if len(classes) != 10:
-                raise ValueError(f"{part.class_names_file} does not name 10 classes")
+        images, targets = part.data, part.labels
+        classes = STL10 if name == "stl10" else DIGITS
     return Split(torch.from_numpy(images).contiguous(), torch.as_tensor(targets).long()), classes
 
 
@@ -136,41 +131,33 @@ def _download(name: str, data_dir: Path) -> ImageData:
     A Python that cannot extract archives safely only reads files that are there already.
     """
     can_extract = hasattr(tarfile, "data_filter")
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(_safe_filter)
     try:
         root = data_dir.absolute()  # torchvision would expand a leading ~
-        with _safe_extraction():
-            (train, classes), (test, _) = (
-                _read_split(name, root, part, can_extract) for part in (True, False)
-            )
+        (train, classes), (test, _) = (
+            _read_split(name, root, part, can_extract) for part in (True, False)
+        )
     except Exception as error:  # these libraries do not document what they raise
-        failed = f"could not be downloaded and read ({one_line(error)}); check the network"
-        if not can_extract:
-            failed = "Python before 3.11.4 cannot extract it safely; take a later one"
+        remedy = "check the network" if can_extract else "take Python 3.11.4 or later to extract it"
         raise _input_error(
-            f"{name} is not in {data_dir} and {failed}, or put the files there by hand and give "
-            "their folder as data_dir"
+            f"{name} is not in {data_dir} and could not be downloaded and read "
+            f"({one_line(error)}); {remedy}, or put the files there by hand and give their folder "
+            "as data_dir"
         ) from error
+    finally:
+        tarfile.TarFile.extraction_filter = before
     return ImageData(train, test, classes)
 
 
-@contextmanager
-def _safe_extraction() -> Iterator[None]:
+def _safe_filter(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
     """Let `tarfile` extract only files and folders, and only inside the target folder.
 
     Links are refused too: some versions of `tarfile.data_filter` can be led outside by them.
     """
-
-    def check(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-        if not (member.isreg() or member.isdir()):
-            raise tarfile.FilterError(f"{member.name!r} is neither a file nor a folder")
-        return tarfile.data_filter(member, path)
-
-    before = vars(tarfile.TarFile).get("extraction_filter")
-    tarfile.TarFile.extraction_filter = staticmethod(check)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before
+    if not (member.isreg() or member.isdir()):
+        raise tarfile.FilterError(f"{member.name!r} is neither a file nor a folder")
+    return tarfile.data_filter(member, path)
 
 
 def _input_error(message: str) -> InputError:
@@ -192,18 +179,18 @@ READERS: dict[str, Callable[[Path], ImageData]] = {
 def _folder(
     data_dir: Path, image_size: int, limit_per_class: int | None, test_only: bool
 ) -> ImageData:
-    test = _list_images(data_dir / "test")
-    train = _list_images(data_dir / "train") if not test_only else {name: [] for name in test}
-    if list(train) != list(test):
-        differ = sorted(set(train) ^ set(test))
-        where = "train" if differ[0] in train else "test"
-        raise _input_error(
-            f"train and test must have the same classes, but {', '.join(differ)} "
-            f"{'is' if len(differ) == 1 else 'are'} only in one of them "
-            f"({differ[0]}: {data_dir / where})"
-        )
-    train = {name: paths[:limit_per_class] for name, paths in train.items()}
-    return ImageData(_decode(train, image_size), _decode(test, image_size), list(train))
+    classes, test = _list_images(data_dir / "test")
+    train = []
+    if not test_only:
+        train_classes, train = _list_images(data_dir / "train")
+        if differ := sorted(set(train_classes) ^ set(classes)):
+            raise _input_error(
+                f"train and test in {data_dir} must have the same classes, but only one of them "
+                f"has {', '.join(differ)}"
+            )
+        targets = torch.tensor([target for _, target in train])
+        train = [train[row] for row in first_of_each_class(targets, limit_per_class).tolist()]
+    return ImageData(_decode(train, image_size), _decode(test, image_size), classes)
 
 
 def count_classes(data_dir: str | Path, part: str = "train") -> int:
@@ -211,107 +198,77 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
     Raises InputError if there are none, or one has no images.
     """
-    return len(_list_images(Path(data_dir) / part))
+    return len(_list_images(Path(data_dir) / part)[0])
 
 
 def count_images(name: str, data_dir: str | Path, limit_per_class: int | None = None) -> int:
     """Return the number of training images that `load_dataset` returns, without reading them."""
-    counts = DATASETS[name].per_class or [
-        len(paths) for paths in _list_images(Path(data_dir) / "train").values()
-    ]
+    counts = DATASETS[name].per_class
+    if counts is None:
+        _, samples = _list_images(Path(data_dir) / "train")
+        counts = Counter(target for _, target in samples).values()
     return sum(min(count, limit_per_class or count) for count in counts)
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, sorted by name. Links are followed.
+def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Return the classes, and the path and class index of each image, in the order of their names.
 
-    Hidden files and folders are left out: desktops and notebooks make them (._0.jpg,
-    .ipynb_checkpoints).
+    Links are followed. Hidden files and folders are left out: desktops and notebooks make them
+    (._0.jpg, .ipynb_checkpoints). So are folders in that of a class.
 
-    Raises InputError if a class has no images, a link cannot be followed, or a file with the name
-    of an image is a pipe or device.
+    Raises InputError if there are no classes, or one has no images.
     """
-    layout = "data_dir must hold train/<class>/* and test/<class>/*"
+    root = folder.absolute()  # torchvision would expand a leading ~
+
+    def is_image(path: str) -> bool:
+        file = Path(path)
+        visible = not file.name.startswith(".")
+        return visible and is_image_file(file.name) and file.parent.parent == root
+
     try:
-        folders = [x for x in _visible(folder) if stat.S_ISDIR(_mode(x))]
-        files = {x.name: list(filter(_is_image, _visible(x))) for x in folders}
-    except OSError as error:
+        classes = [name for name in find_classes(root)[0] if not name.startswith(".")]
+        indices = {name: index for index, name in enumerate(classes)}
+        return classes, make_dataset(root, indices, is_valid_file=is_image)
+    except (OSError, ValueError) as error:
         raise _input_error(
-            f"cannot read the images in {folder}: {one_line(error)}; {layout}"
+            f"cannot read the images in {folder}: {one_line(error)}; data_dir must hold "
+            "train/<class>/* and test/<class>/*"
         ) from error
-    empty = [name for name, images in files.items() if not images]
-    if empty or not files:
-        what = f"classes without an image: {', '.join(empty)}" if empty else "no classes"
-        raise _input_error(f"{folder} holds {what}; {layout}")
-    return files
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+def _decode(samples: list[tuple[str, int]], image_size: int) -> Split:
+    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
 
+    def decode_into(row: int) -> None:
+        images[row] = _decode_image(samples[row][0], image_size)
 
-def _is_image(path: Path) -> bool:
-    """Return whether this is a file with the name of an image."""
-    if path.suffix.lower() not in IMG_EXTENSIONS:
-        return False
-    mode = _mode(path)
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe may never end
-        raise _input_error(f"{path} is not a file; take it out of the data set")
-    return stat.S_ISREG(mode)
-
-
-def _mode(path: Path) -> int:
-    """Return st_mode of a file, or of what a link leads to."""
-    if path.is_symlink() and not path.exists():
-        raise _input_error(
-            f"{path} is a link that cannot be followed; mend it or take it out of the data set"
-        )
-    return path.stat().st_mode
-
-
-def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
-    paths = [path for of_class in files.values() for path in of_class]
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-
-    def decode_into(index: int) -> None:
-        images[index] = _decode_image(paths[index], image_size)
-
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is an error below
-    # os.cpu_count would count CPUs that this process may not use; each thread holds an image.
+    # Pillow decodes outside Python's lock. Each thread holds an image: os.cpu_count would start too
+    # many, because it counts CPUs that this process may not use.
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    with ThreadPool(len(available(0))) as pool:  # Pillow decodes outside Python's lock
-        pool.map(decode_into, range(len(paths)), chunksize=64)
-    targets = [index for index, of_class in enumerate(files.values()) for _ in of_class]
-    return Split(images, torch.tensor(targets, dtype=torch.int64))
+    with warnings.catch_warnings(), ThreadPool(len(available(0))) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is an error below
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        pool.map(decode_into, range(len(samples)), chunksize=64)
+    return Split(images, torch.tensor([target for _, target in samples], dtype=torch.int64))
 
 
-def _decode_image(path: Path, image_size: int) -> Tensor:
+def _decode_image(path: str, image_size: int) -> Tensor:
     """Return an image as (3, image_size, image_size) uint8 RGB; resizing may change its aspect.
 
     Only the first of several frames is read. Transparency is dropped, colours stay.
     """
     try:
+        if not Path(path).is_file():  # reading a pipe may never end
+            raise ValueError("it is not a file, or a link to one")
         with Image.open(path) as image:
-            _check_header(image)
+            if image.format == "EPS":  # with any suffix; Pillow would run Ghostscript
+                raise ValueError("it is PostScript, a program; convert it")
             image = _eight_bits(image).convert("RGB")
         if image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow does not document what its decoders raise
-        why = one_line(error)
-        if isinstance(error, Image.DecompressionBombError):
-            why = f"{why.rstrip('.')}; make it smaller"
-        raise _input_error(f"{path} is not an image that can be read: {why}") from error
+        raise _input_error(f"{path} is not an image that can be read: {one_line(error)}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _check_header(image: Image.Image) -> None:
-    """Raise an error for an image that should not be decoded: a huge one, or a program."""
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow's own limit is twice that
-        raise Image.DecompressionBombError(
-            f"it has {image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}"
-        )
-    if image.format == "EPS":  # with any suffix; Pillow would run Ghostscript
-        raise ValueError("it is PostScript, a program; convert it")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -338,9 +295,9 @@ class Batches:
         augment: crop the padded images at random, and flip them if `data` says so.
         shuffle: draw a new order in each epoch.
         on_device: copy the split to `device` now, instead of batch by batch.
-        share: (rank, number): return only this rank's part of each batch, of `number` parts.
+        share: (rank, world_size): return only this rank's part of each batch.
     Raises:
-        InputError: a batch has fewer samples than there are parts.
+        InputError: a batch has fewer samples than there are ranks.
     Attributes:
         device_bytes: memory of the split on `device` if `on_device`, else 0.
     """
@@ -393,14 +350,14 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         corners = torch.randint(2 * pad + 1, (count, 2), generator=generator).to(self.device)
         flips = (torch.rand(count, generator=generator) < 0.5).to(self.device)
-        start, (rank, number) = skip * self.batch_size, self.share
+        start, (rank, world_size) = skip * self.batch_size, self.share
         if start >= count:
             return iter(())
 
         def shares(drawn: Tensor) -> list[Tensor]:
             """Return this rank's part of each batch of a tensor (count, ...)."""
             batches = drawn[start:].split(self.batch_size)
-            return [batch.tensor_split(number)[rank] for batch in batches]
+            return [batch.tensor_split(world_size)[rank] for batch in batches]
 
         rows = shares(order.to(self.split.images.device))
         if self._copies is not None:
@@ -447,9 +404,9 @@ class Batches:
         return self._set_format(pixel.expand(1, *self.split.images.shape[1:]))
 
 
-def share_sizes(size: int, number: int) -> list[int]:
-    """Return the sizes of the parts into which torch.tensor_split divides a batch."""
-    return [(size + number - 1 - rank) // number for rank in range(number)]
+def share_sizes(size: int, world_size: int) -> list[int]:
+    """Return the number of samples of each rank in a batch that torch.tensor_split divides."""
+    return [(size + world_size - 1 - rank) // world_size for rank in range(world_size)]
 
 
 class CudaCopies:
