@@ -122,8 +122,8 @@ def last_written(path: str | None) -> tuple[int, int] | None:
 @tolerant_output()
 def train(job: Job, strategy: Strategy) -> None:
     """Train into the run folder, from the checkpoint if there is one; raise what Training does."""
-    options = job.options
-    folder = strategy.run_folder(job.folder, options)
+    options, folder = job.options, job.folder
+    folder.writes = strategy.is_first
     network, device = make_network(job, strategy)
     if job.predicted_peak:
         precision = "" if options.amp == "off" else " (in float32)"
@@ -172,7 +172,7 @@ def evaluate_checkpoint(job: Job, strategy: Strategy) -> None:
     network, device = make_network(job, strategy)
     test_batches = batches_of(job.options, device, strategy)(load_data(job, strategy).test)
     batches = strategy.batches(test_batches, 0)
-    totals = strategy.all_reduce(evaluate(network, batches, device))
+    totals = strategy.merge_totals(evaluate(network, batches, device))
     epoch, step = job.checkpoint.epoch, job.checkpoint.step
     print(f"{job.options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
           f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "

@@ -25,9 +25,17 @@ class Progress(tqdm):
         super().__init__(total=steps, initial=done, desc=self.title, leave=False,
                          file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
 
-    def show(self, step: int, losses: list[float]) -> None:
-        """Show the mean losses up to `step`, from 1."""
-        text = f"loss {losses[-1]:.4f}, mean of the local losses {statistics.mean(losses):.4f}"
+    def show(self, step: int, losses: list[float], has_last: bool) -> None:
+        """Show this process's mean losses up to `step`, from 1.
+
+        Args:
+            losses: of this process's modules.
+            has_last: whether the network's last module is among them.
+        """
+        mean = statistics.mean(losses)
+        text = f"mean of rank 0's local losses {mean:.4f}"
+        if has_last:
+            text = f"loss {losses[-1]:.4f}, mean of the local losses {mean:.4f}"
         self.set_postfix_str(text)
         if self.disable:
             print(f"{self.title}  step {step:4}/{self.total}  {text}", flush=True)

@@ -219,8 +219,6 @@ def build_parser() -> Parser:
         help="processes to plan for with --dry_run --parallel modules (default: 1, 2, 4, ... K)")
     add("--device_tflops", type=positive, metavar="T",
         help="for this plan, speed of a device in 10^12 FLOPs per second (default: 5)")
-    add("--link_gbs", type=positive, metavar="GB",
-        help="for this plan, bandwidth between devices in 10^9 bytes per second (default: 12)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=list(DATASETS), default="cifar10", help="folder: images of your own")
@@ -280,7 +278,7 @@ NETWORK_OPTIONS = (
 
 INVOCATION_OPTIONS = (
     "resume", "evaluate", "dry_run", "json", "save_plan", "output_dir", "device", "print_freq",
-    "detect_anomaly", "parallel", "module_ranges", "sync_bn", "nproc", "device_tflops", "link_gbs",
+    "detect_anomaly", "parallel", "module_ranges", "sync_bn", "nproc", "device_tflops",
 )  # fmt: skip
 """Options of one call of train.py: where and how to run. Checkpoints do not contain them."""
 
@@ -305,7 +303,6 @@ REQUIRED = {
     "sync_bn": {"parallel": "data"},
     "nproc": {"parallel": "modules", "dry_run": True},
     "device_tflops": {"parallel": "modules", "dry_run": True},
-    "link_gbs": {"parallel": "modules", "dry_run": True},
 }
 """Option -> other options that it is for, and their values."""
 

@@ -42,6 +42,7 @@ class RunFolder:
         options: those that a checkpoint keeps, complete.
         history: the metrics of the epochs done, a dict each; metrics.jsonl is written from them.
         contents: of the checkpoint files that were read, or why a file is damaged.
+        writes: whether this process writes the files; of several, rank 0 does.
     """
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
@@ -56,7 +57,7 @@ class RunFolder:
         self.plan = path / "plan.json"
         self.history: list[dict] = []
         self.contents: dict[Path, Checkpoint | str] = {}
-        self._metrics_failed = False
+        self.writes, self._metrics_failed = True, False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -221,6 +222,8 @@ class RunFolder:
             InputError: the folder cannot be written.
             CannotSave: the disk is full.
         """
+        if not self.writes:
+            return
         epoch, step = checkpoint.done if checkpoint is not None else (0, 0)
         self._made_by = {"git": git_state(), "versions": versions()}
         if parallel:
@@ -254,6 +257,8 @@ class RunFolder:
         If they cannot be written, one note says so and the run goes on.
         """
         self.history.append(metrics)
+        if not self.writes:
+            return
         try:
             self._write_metrics()
         except OSError as error:

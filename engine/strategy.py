@@ -13,10 +13,8 @@ from torch import Tensor
 
 from dataloaders import Batches, ImageData
 from engine.checkpoint import Checkpoint
-from engine.console import Progress
 from engine.device import choose_device, move_to_device
 from engine.memory import PeakMemory
-from engine.run_folder import RunFolder
 from engine.signals import INTERRUPTS
 from engine.step import Totals
 from models import ContSupNetwork
@@ -30,17 +28,15 @@ class Strategy:
     Use it with `with`.
 
     Attributes:
-        rank, size: of this process, from 0; number of processes. Rank 0 prints and writes.
+        rank: this process's rank. Rank 0 prints and writes.
+        size: number of processes.
         share: (part, number of parts): which part of each batch this process takes.
-        seeds: numbers that set this process's dropout apart from that of others, which run the same
-            modules on other samples.
-        warm_up: steps after which a step takes as much memory as any later one.
-        peak_note: what `peak_memory_how` adds about processes.
+        warm_up: training steps until the memory of a step is constant.
+        peak_note: added to `PeakMemory.how`.
     """
 
     rank, size = 0, 1
     share = (0, 1)
-    seeds: tuple[int, ...] = ()
     warm_up = 2
     peak_note = ""
 
@@ -59,7 +55,7 @@ class Strategy:
 
     def on_first(self, act: Callable[[], T]) -> T:
         """Call `act` on rank 0 alone; return its result on every rank."""
-        return act()
+        return self.broadcast(act() if self.is_first else None)
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
@@ -75,14 +71,10 @@ class Strategy:
         """Return this process's device for `--device`; raise InputError if it is not there."""
         return choose_device(name)
 
-    def run_folder(self, folder: RunFolder, options: argparse.Namespace) -> RunFolder:
-        """Return rank 0's run folder as this process sees it: rank 0 writes."""
-        return folder
-
     def divide(
         self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device
     ) -> None:
-        """Decide which process does what; `arguments` are those of `build_network`."""
+        """Assign the work to the processes; `arguments` are those of `build_network`."""
 
     def describe(self) -> dict[str, Any] | None:
         """Return how the work is divided, for the run's files; None for one process."""
@@ -108,26 +100,18 @@ class Strategy:
         """Yield an epoch's batches without the first `skip`; raise Interrupted after a signal."""
         for batch in batches.epoch(epoch, skip):
             yield batch
-            self.check_signals()
+            INTERRUPTS.check()
 
-    def check_signals(self) -> None:
-        """Raise Interrupted if a signal has asked this run to stop."""
-        INTERRUPTS.check()
-
-    def show_losses(self, step: int, totals: Totals, progress: Progress) -> None:
-        """Show the mean losses of the epoch so far."""
-        progress.show(step, totals.losses())
-
-    def all_reduce(self, totals: Totals) -> Totals:
-        """Return the sums of all modules and samples."""
+    def merge_totals(self, totals: Totals) -> Totals:
+        """Return the sums of all ranks' modules and samples."""
         return totals
 
     def figures(self, own: Totals, trained: Totals, peak: PeakMemory) -> dict[str, Any]:
-        """Return what an epoch's steps took, for metrics.jsonl.
+        """Return speed and peak memory of an epoch's training steps, for metrics.jsonl.
 
         Args:
             own: this process's sums of the epoch.
-            trained: the same after `all_reduce`.
+            trained: the same after `merge_totals`.
             peak: this process's meter.
         """
         return {
@@ -141,7 +125,7 @@ class Strategy:
 
     def end_run(self) -> None:
         """Raise Interrupted if a signal came during the last steps: command.sh stops then."""
-        self.check_signals()
+        INTERRUPTS.check()
 
     # Checkpoints
 

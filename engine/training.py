@@ -93,7 +93,6 @@ class Training:
                 interrupted the compiler.
             Diverged, CannotSave: the last checkpoint is as it was.
         """
-        self.folder.history = self.strategy.broadcast(self.folder.history)
         # Compiling takes a minute or more, and until the first step there is nothing to save.
         with INTERRUPTS.deferred(at_once=not self.options.compile):
             try:
@@ -117,7 +116,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
         self.train_epoch(epoch)
-        trained = self.strategy.all_reduce(self.totals)
+        trained = self.strategy.merge_totals(self.totals)
         figures = self.strategy.figures(self.totals, trained, self.peak)
         tested = self.evaluate()
         if bad := tested.first_not_finite():
@@ -170,7 +169,8 @@ class Training:
                 progress.update()
                 if step == steps or step % self.options.print_freq == 0:
                     self.check_losses(totals)
-                    self.strategy.show_losses(step, totals, progress)
+                    has_last = self.network.stage[-1] is self.network.local_modules[-1]
+                    progress.show(step, totals.losses(), has_last)
                 totals.seconds = seconds_before + time.perf_counter() - start
                 INTERRUPTS.defer()
                 every = self.options.checkpoint_every
@@ -183,7 +183,8 @@ class Training:
         Without --droprate too: heads and backbones of the user's own may draw numbers.
         """
         self.current_module = module.index
-        seeds = (step, module.index, *self.strategy.seeds)
+        part, parts = self.strategy.share
+        seeds = (step, module.index, *([part] if parts > 1 else []))
         seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)
 
     @contextmanager
@@ -207,7 +208,7 @@ class Training:
     def evaluate(self) -> Totals:
         """Return the sums of the test data."""
         batches = self.strategy.batches(self.test_batches, 0)
-        return self.strategy.all_reduce(evaluate(self.network, batches, self.device))
+        return self.strategy.merge_totals(evaluate(self.network, batches, self.device))
 
     def reconstruct(self) -> dict[str, Tensor]:
         """Return the decoders' images of a few test images, on rank 0."""
@@ -239,7 +240,10 @@ class Training:
 
         Raises InputError if it is of another network, or in the middle of an epoch of other steps.
         """
-        checkpoint = self.strategy.own_part(checkpoint)
+        try:
+            checkpoint = self.strategy.own_part(checkpoint)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the checkpoint's sums are of another run: {error}") from error
         load_momentum(self.optimizers, self.network, checkpoint)
         scalers = [o.scaler for o in self.optimizers if o.scaler.is_enabled()]
         if scalers and checkpoint.scalers:

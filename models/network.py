@@ -120,7 +120,7 @@ class ForwardState:
 
 
 class StageIO:
-    """How features reach the first module of this process, and leave the last.
+    """Receives the features for this process's modules, and sends their output.
 
     Here the process has all modules: features begin as the images and go nowhere.
     """
@@ -169,20 +169,15 @@ class ContSupNetwork(nn.Module):
         self.compiled = False
         self.stage, self.io = list(self.local_modules), StageIO()
 
-    def set_stage(self, indices: range, io: StageIO, free_others: bool = False) -> None:
+    def set_stage(self, indices: range, io: StageIO) -> None:
         """Run only the modules with these indices from now on; others run elsewhere.
 
         Args:
             indices: of the modules.
             io: how features reach them and leave them.
-            free_others: move the other modules to the meta device, where they take no memory.
-                Call it before the network is moved to its device, and not in FakeTensorMode.
         """
         self.stage = [module for module in self.local_modules if module.index in indices]
         self.io = io
-        for module in self.local_modules if free_others else ():
-            if module.index not in indices:
-                module.to("meta")
 
     def eagerly(self) -> AbstractContextManager:
         """Return a context without compiling, for evaluation and for rare batch sizes."""
@@ -274,7 +269,8 @@ class ContSupNetwork(nn.Module):
 
     def begin(self, images: Tensor) -> tuple[ForwardState, Tensor | None]:
         """Return the state before the first module, and the decoders' target, for `module_step`."""
-        return self.io.receive(self.mode, images), self.pixels(images)
+        pixels = self.pixels(images)  # first: features may be under way from another process
+        return self.io.receive(self.mode, images), pixels
 
     def module_step(
         self,

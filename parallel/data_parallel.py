@@ -7,9 +7,7 @@ batch, and the training is that of one process but for the order of sums.
 
 import argparse
 import warnings
-from collections import deque
 from collections.abc import Mapping, Sequence
-from operator import mul
 from typing import Any
 
 import torch
@@ -46,7 +44,10 @@ class SharedBatch:
             )
 
     def weight(self) -> float:
-        """Return the weight of this rank's mean loss in the batch's, times the number of ranks."""
+        """Return world size * own samples / all samples.
+
+        DistributedDataParallel divides by the world size, so every sample weighs the same.
+        """
         return self.sizes[self.rank] * self.number / sum(self.sizes)
 
     def compare_with_all(self, task: TaskLoss) -> TaskLoss:
@@ -70,7 +71,7 @@ class DataParallelStrategy(ParallelStrategy):
     def divide(
         self, options: argparse.Namespace, arguments: dict[str, Any], device: torch.device
     ) -> None:
-        """Set this rank's part of a batch and its seeds.
+        """Set this rank's part of a batch.
 
         Raises InputError if --sync_bn is to be compiled.
         """
@@ -78,8 +79,6 @@ class DataParallelStrategy(ParallelStrategy):
             raise InputError("--sync_bn and --compile exclude each other: leave one of them out")
         self.sync_bn, self.batch = options.sync_bn, SharedBatch()
         self.share = self.rank, self.size
-        self.seeds = (self.rank,)
-        self._sizes: deque[int] = deque()
 
     def describe(self) -> dict[str, Any]:
         return {"processes": self.size, "strategy": "data", "sync_bn": self.sync_bn}
@@ -110,11 +109,8 @@ class DataParallelStrategy(ParallelStrategy):
             # be split.
             torch._dynamo.config.optimize_ddp = False
 
-    def begin(self, sizes: Sequence[int]) -> None:
-        self._sizes = deque(sizes)
-
-    def begin_batch(self) -> None:
-        self.batch.sizes = share_sizes(self._sizes.popleft(), self.size)
+    def begin_batch(self, size: int, is_last: bool) -> None:
+        self.batch.sizes = share_sizes(size, self.size)
 
     def end(self) -> None:
         """Give all ranks the running statistics of rank 0; without sync_bn they differ."""
@@ -122,25 +118,16 @@ class DataParallelStrategy(ParallelStrategy):
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def merge_totals(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def merge_states(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Add the sums of all samples; a loss is finite where all parts of it are."""
         finite = torch.stack([part["finite_steps"] for part in parts]).amin(0)
         sums = {name: sum(part[name] for part in parts) for name in ("losses", "wrong", "samples")}
         seconds = max(part["seconds"] for part in parts)
         return {**parts[0], **sums, "finite_steps": finite, "seconds": seconds}
 
-    def merge_losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
-        """Return the means over all samples."""
-        counts = [samples for _, samples in parts]
-        by_module = zip(*(losses for losses, _ in parts), strict=True)
-        return [sum(map(mul, of_module, counts)) / sum(counts) for of_module in by_module]
-
     def state_to_send(self, own: Checkpoint) -> Checkpoint:
-        """Return the part without weights and momentum on all but rank 0: they are the same."""
-        return own if self.is_first else own._replace(state_dict={}, momentum={})
-
-    def merge_scalers(self, parts: Sequence[Sequence[dict]]) -> Sequence[dict]:
-        return parts[0]  # they are the same on all ranks
+        """Return the sums alone on all but rank 0: the rest is the same on all ranks."""
+        return own if self.is_first else own._replace(state_dict={}, momentum={}, scalers=())
 
     def split(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return totals whose sum over the ranks is the saved one.

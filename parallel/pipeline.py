@@ -58,7 +58,7 @@ class PipelineStrategy(ParallelStrategy):
         self.waits = self.link.waits
 
     def _connect(self, cuts: Sequence[Sequence[FeatureSpec]], device: torch.device) -> Link:
-        # A group, so a stream, for each cut: in one, NCCL would order a send after a receive.
+        # A group for each cut: its transfers wait for no other cut's, and for no stop signal.
         pairs = [
             dist.new_group([rank, rank + 1], timeout=ALIVE_TIMEOUT) for rank in range(self.size - 1)
         ]
@@ -87,19 +87,24 @@ class PipelineStrategy(ParallelStrategy):
     def place(
         self, network: ContSupNetwork, options: argparse.Namespace, device: torch.device
     ) -> None:
-        network.set_stage(self.ranges[self.rank], self.link, free_others=True)
+        own = self.ranges[self.rank]
+        network.set_stage(own, self.link)
+        for module in network.local_modules:
+            if module.index not in own:
+                module.to("meta")  # where it takes no memory
         super().place(network, options, device)
 
     def begin(self, sizes: Sequence[int]) -> None:
         self.link.begin(sizes)
 
-    def end_early(self) -> None:
-        self.link.expect_no_more()
+    def begin_batch(self, size: int, is_last: bool) -> None:
+        if is_last:
+            self.link.expect_no_more()
 
     def end(self) -> None:
         self.link.flush()
 
-    def merge_totals(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def merge_states(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Concatenate the modules' sums; the time is the longest."""
         sums = {
             name: torch.cat([part[name] for part in parts])
@@ -107,12 +112,6 @@ class PipelineStrategy(ParallelStrategy):
             if isinstance(value, Tensor)
         }
         return {**parts[0], **sums, "seconds": max(part["seconds"] for part in parts)}
-
-    def merge_losses(self, parts: Sequence[tuple[list[float], int]]) -> list[float]:
-        return [loss for losses, _ in parts for loss in losses]
-
-    def merge_scalers(self, parts: Sequence[Sequence[dict]]) -> list[dict]:
-        return [scaler for scalers in parts for scaler in scalers]
 
     def split(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint with the scalers and sums of this rank's modules."""
@@ -123,7 +122,3 @@ class PipelineStrategy(ParallelStrategy):
             for name, value in checkpoint.totals.items()
         }
         return checkpoint._replace(totals=totals, scalers=checkpoint.scalers[own])
-
-    def seconds_waited(self) -> float:
-        """Return how long the device waited for features, or for room to send, since last asked."""
-        return self.waits.seconds()

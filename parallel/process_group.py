@@ -6,14 +6,12 @@ print, the failure of a process) go through the store that torchrun keeps.
 
 import argparse
 import contextlib
-import itertools
 import os
 import sys
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,10 +21,10 @@ from torch import Tensor
 
 from configs import InputError, one_line
 from engine.checkpoint import CannotSave
-from engine.console import say
 from engine.device import choose_device
 from engine.errors import ConnectionLost, Diverged, PeerFailed
 from engine.signals import INTERRUPTS, Interrupted
+from parallel.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -35,9 +33,6 @@ ALIVE_TIMEOUT = timedelta(minutes=30)
 
 START_TIMEOUT = timedelta(minutes=5)
 """How long to wait for all processes to begin."""
-
-HEARTBEAT_TIMEOUT = 20.0
-"""Seconds without a heartbeat after which a process counts as dead."""
 
 
 class TorchrunGroup:
@@ -50,7 +45,7 @@ class TorchrunGroup:
     Attributes:
         rank, size: of this process, from 0; number of processes.
         device: of this process.
-        all_stop: whether all processes know that the run stops here.
+        stop_is_agreed: whether all ranks stop after the same step, so that to leave is no failure.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -62,7 +57,7 @@ class TorchrunGroup:
             )
         self.options = options
         self.rank, self.size, self.local_rank = (int(os.environ[name]) for name in names[:3])
-        self.all_stop = False
+        self.stop_is_agreed = False
         self._flags: deque[tuple[Tensor, list[dist.Work]]] = deque()
 
     def __enter__(self) -> "TorchrunGroup":
@@ -92,7 +87,7 @@ class TorchrunGroup:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._failures():
-            if error is not None and not (isinstance(error, Interrupted) and self.all_stop):
+            if error is not None and not (isinstance(error, Interrupted) and self.stop_is_agreed):
                 raise error
             dist.barrier()  # torchrun would end rank 0, which may have a file to write
         self.heartbeat.stop()
@@ -112,16 +107,16 @@ class TorchrunGroup:
             if not _is_of_a_connection(error):
                 self.heartbeat.fail()
                 raise
-            if self.heartbeat.knows_why():
+            if self.heartbeat.wait_for_report():
                 raise PeerFailed from error
             self.heartbeat.fail()
             reason = one_line(error).split("] ", 1)[-1].split(". ")[0]
             raise ConnectionLost(
-                f"rank {self.rank} lost the connection to another process ({reason})"
+                f"rank {self.rank}: communication with another process failed ({reason})"
             ) from error
         except (InputError, CannotSave, Diverged) as error:
             self.heartbeat.fail()
-            if not self.heartbeat.is_first_report():
+            if not self.heartbeat.claim_report():
                 raise PeerFailed from error
             raise
         except BaseException:
@@ -149,7 +144,9 @@ class TorchrunGroup:
         return device
 
     def _check_options(self) -> None:
-        typed = self.all_gather({name: repr(v) for name, v in vars(self.options).items()})
+        # Machines may keep the data in different places, but must have the same kind of device.
+        own = vars(self.options) | {"data_dir": None, "device": self.device.type}
+        typed = self.all_gather({name: repr(value) for name, value in own.items()})
         for rank, theirs in enumerate(typed):
             for name, value in theirs.items():
                 if value != typed[0][name]:
@@ -181,7 +178,8 @@ class TorchrunGroup:
     def stop_signal(self) -> int:
         """Return the signal to stop by after the next step, or 0: rank 0 sends it before each step.
 
-        It travels between hosts, so that no device is waited for.
+        It is a tensor on the CPU, so no GPU is waited for. An all-reduce would have rank 0 wait for
+        the last rank before each step.
         """
         if self.rank != 0:
             if INTERRUPTS.asked is not None:
@@ -198,7 +196,7 @@ class TorchrunGroup:
             self._wait_for_oldest_flag()
         return number
 
-    def settle(self) -> None:
+    def wait_for_flags(self) -> None:
         """Wait until all stop signals have been received."""
         while self._flags:
             self._wait_for_oldest_flag()
@@ -238,99 +236,6 @@ def rendezvous(store: dist.Store, rank: int, size: int) -> str:
             time.sleep(0.05)
     except RuntimeError as error:
         raise ConnectionLost(f"rank {rank}: the process that keeps the store is gone") from error
-
-
-class Heartbeat(threading.Thread):
-    """A thread that sends heartbeats, and ends this process if another fails or sends none.
-
-    It is a thread since the main one may be waiting for the other process.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        super().__init__(daemon=True)
-        self.store, self.rank = store, rank
-        self._lock, self._done = threading.Lock(), threading.Event()
-        # Of each other rank: its last beat, and this process's own beat when it was seen.
-        self._heard = dict.fromkeys({*range(size)} - {rank}, (b"", 0))
-        self._beat = 0
-        self._failing = False
-        self._parent = os.getppid()
-
-    def run(self) -> None:
-        for self._beat in itertools.count():
-            try:
-                with self._lock:
-                    self.store.set(f"beat/{self.rank}", str(self._beat))
-                    why = self._why()
-            except RuntimeError:  # the store has gone with its process
-                why = "the process that keeps the store is gone"
-            if why is not None:
-                self._end(why)
-            if self._done.wait(1):
-                return
-
-    def _why(self) -> str | None:
-        """Return None to go on, '' to end silently, or else a reason to print before the end.
-
-        Time is counted in this process's own beats, since the machine may have been suspended.
-        """
-        if self.store.check(["failed"]):
-            return ""
-        if os.getppid() != self._parent:
-            return "what started this process has ended"
-        for rank, (beat, when) in self._heard.items():
-            key = f"beat/{rank}"
-            latest = self.store.get(key) if self.store.check([key]) else b""
-            if latest != beat:
-                self._heard[rank] = latest, self._beat
-            elif self._beat - when > HEARTBEAT_TIMEOUT:
-                return f"rank {rank} has sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
-        return None
-
-    def _end(self, why: str) -> None:
-        # The main thread may be about to end the process by itself, with a better message.
-        if not self._done.wait(8 if self._failing else 3):
-            if why:
-                say(f"train.py: error: rank {self.rank}: {why}")
-            os._exit(1)
-
-    def fail(self) -> None:
-        """Tell the others that this process has failed."""
-        self._failing = True
-        self._ask(lambda: self.store.set("failed", str(self.rank)))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-            time.sleep(2)  # else this torchrun may be gone, with its store, before others know it
-
-    def is_first_report(self) -> bool:
-        """Return whether this process is the first on its machine to report an error.
-
-        Several may find something wrong in the same step, each in its own modules.
-        """
-        key = f"reported on {os.environ.get('GROUP_RANK', '0')}"  # torchrun's number of a machine
-        return self._ask(lambda: self.store.add(key, 1)) in (1, None)
-
-    def knows_why(self) -> bool:
-        """Return whether another process has failed and says why; poll 20 times, 0.1 s apart."""
-        for _ in range(20):
-            if self._ask(lambda: self.store.check(["failed"])):
-                return True
-            time.sleep(0.1)
-        return False
-
-    def _ask(self, question: Callable[[], T]) -> T | None:
-        """Return the store's answer; None if the store is gone or does not answer."""
-        if self._lock.acquire(timeout=2):
-            try:
-                return question()
-            except RuntimeError:
-                return None
-            finally:
-                self._lock.release()
-        return None
-
-    def stop(self) -> None:
-        """Stop watching: the run has ended as it should."""
-        self._done.set()
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

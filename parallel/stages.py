@@ -22,8 +22,7 @@ def module_times(
     """Return the seconds that each module takes for a training step on noise.
 
     Two steps warm up. Then each module's least time of three to eight steps counts, as many as fit
-    into 15 s: other work on the machine only adds time, and a module that seems slow because of it
-    would be in the wrong place for all of the run.
+    into 15 s: other work on the machine only adds time, and would unbalance the whole run.
     """
     network = move_to_device(
         build_network(**arguments), device,
@@ -35,19 +34,19 @@ def module_times(
     images = images.to(memory_format=memory_format(options.channels_last))
     targets = torch.arange(options.batch_size, device=device) % arguments["num_classes"]
     seconds: list[list[float]] = [[] for _ in network.stage]
-    clock: list[float] = []
+    last = began = 0.0
 
     def after_module(module: LocalModule) -> None:
-        clock.append(_now(device))
-        seconds[module.index].append(clock[-1] - clock[-2])
+        nonlocal last
+        before, last = last, _now(device)
+        seconds[module.index].append(last - before)
 
-    began = _now(device)
     for step in range(10):
+        last = _now(device)
         if step == 2:
-            began = _now(device)  # the first two may compile
-        elif step >= 5 and _now(device) - began > 15:
+            began = last  # the first two may compile
+        elif step >= 5 and last - began > 15:
             break
-        clock.append(_now(device))
         train_step(network, optimizers, images, targets, totals, after_module=after_module)
     del network, optimizers, totals
     gc.collect()  # else compiled code would stay, and count in the peak of the run

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
+from configs import InputError
 from models.cpu_batch_norm import update_running_statistics
 
 
@@ -23,10 +24,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def convert(cls, module: nn.Module) -> None:
-        """Turn each BatchNorm2d inside a module into this class. Tensors and names stay."""
+        """Turn each BatchNorm2d inside a module into this class. Tensors and names stay.
+
+        Raises InputError for a BatchNorm of another kind.
+        """
         for layer in module.modules():
             if type(layer) is nn.BatchNorm2d:
                 layer.__class__ = cls
+            elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                raise InputError(f"--sync_bn is for BatchNorm2d, not {type(layer).__name__}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H, W) normalised. In training statistics are float32 or wider."""

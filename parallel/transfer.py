@@ -45,6 +45,11 @@ class FeatureSpec(NamedTuple):
             raise RuntimeError(f"{FeatureSpec.of(tensor)} crosses a cut where {self} should")
         return tensor.contiguous(memory_format=self.memory_format)
 
+    def contiguous_view(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous view of a tensor in this memory format, for torch.distributed."""
+        is_channels_last = self.memory_format is torch.channels_last
+        return tensor.permute(0, 2, 3, 1) if is_channels_last else tensor
+
     def nbytes(self, samples: int) -> int:
         """Return the bytes of this many samples."""
         return samples * torch.Size(self.shape).numel() * self.dtype.itemsize
@@ -101,7 +106,7 @@ class Link(StageIO):
     """Receives features from the process before, and sends them to the next.
 
     The next batch's features are being received while this batch trains, and this batch's are sent
-    during the backward.
+    during the backward. Traffic goes one way: a message back could wait for such a receive forever.
 
     Args:
         device: of the features.
@@ -150,7 +155,7 @@ class Link(StageIO):
             self._wait(self._going.popleft()[1])
         tensors = (state.h, *state.contexts.pushed())
         specs_and_tensors = zip(self.outgoing, tensors, strict=True)
-        pieces = [contiguous_view(spec.matched(tensor)) for spec, tensor in specs_and_tensors]
+        pieces = [spec.contiguous_view(spec.matched(tensor)) for spec, tensor in specs_and_tensors]
         with hidden_from_profiler():
             self._going.append((pieces, [self._send(piece) for piece in pieces]))
 
@@ -169,7 +174,10 @@ class Link(StageIO):
         samples = self._sizes.popleft()
         tensors = [spec.empty(samples, self.device) for spec in self.incoming]
         with hidden_from_profiler():
-            works = [self._receive(contiguous_view(tensor)) for tensor in tensors]
+            works = [
+                self._receive(spec.contiguous_view(tensor))
+                for spec, tensor in zip(self.incoming, tensors, strict=True)
+            ]
         self._coming.append((tensors, works))
 
     def _wait(self, works: Sequence[dist.Work]) -> None:
@@ -190,13 +198,6 @@ def hidden_from_profiler() -> Iterator[None]:
         yield
     finally:
         torch.autograd._enable_record_function(True)
-
-
-def contiguous_view(tensor: Tensor) -> Tensor:
-    """Return a contiguous view of features (N, C, S, S) dense in either format; else a copy."""
-    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1)
-    return tensor.contiguous()
 
 
 class DeviceWaits:

@@ -150,7 +150,7 @@ def run_child(plan):
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
     from engine.errors import exit_status
     from engine.signals import INTERRUPTS
-    from parallel import process_group
+    from parallel import heartbeat
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind `pytest &`
     INTERRUPTS.install()
@@ -160,8 +160,8 @@ def run_child(plan):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if plan.get("deadly"):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    timeout = plan.get("heartbeat_timeout", process_group.HEARTBEAT_TIMEOUT)
-    process_group.HEARTBEAT_TIMEOUT = timeout
+    timeout = plan.get("heartbeat_timeout", heartbeat.HEARTBEAT_TIMEOUT)
+    heartbeat.HEARTBEAT_TIMEOUT = timeout
     module, function = plan.get("main", "train.main").split(".")
     sys.argv = ["train.py", *plan["arguments"]]
     status, counted = 1, trace(plan) if {"line", "call"} & plan.keys() else [0]

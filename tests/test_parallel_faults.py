@@ -25,7 +25,8 @@ from dataloaders import ImageData, Split
 from engine.checkpoint import read_checkpoint
 from engine.errors import ConnectionLost
 from parallel import process_group
-from parallel.process_group import HEARTBEAT_TIMEOUT, Heartbeat, TorchrunGroup, rendezvous
+from parallel.heartbeat import HEARTBEAT_TIMEOUT, Heartbeat
+from parallel.process_group import TorchrunGroup, rendezvous
 from parallel.strategy import ParallelStrategy
 
 RUN = [
@@ -140,7 +141,8 @@ def one(monkeypatch):
 
 
 def test_other_options_on_one_rank(one):
-    typed = {"device": "'cpu'", "lr": "0.1"}
+    one.device = torch.device("cpu")
+    typed = {"device": "'cpu'", "lr": "0.1", "data_dir": "None"}  # data may lie in other places
     one.all_gather = lambda own: [typed, own]
     one._check_options()
     one.all_gather = lambda own: [own, typed | {"lr": "0.2"}]
@@ -202,8 +204,8 @@ def test_busy_percent_is_of_the_waits_of_an_epoch(one):
     """Those for rank 0's stop signal too, but none from before, as for reconstructed images."""
     log, seconds = [], iter([5.0, 0.0])
     strategy = ParallelStrategy(one.options)
-    strategy.seconds_waited = lambda: next(seconds)
     strategy.waits = contextlib.ExitStack()
+    strategy.waits.seconds = lambda: next(seconds)
     strategy.waits.callback(log.append, "waited")
     strategy.group.store, strategy.group.stop_signal = None, lambda: log.append("stop signal") or 0
     batches = SimpleNamespace(sizes=lambda: [2], epoch=lambda epoch, skip: ["batch"])
