@@ -8,7 +8,7 @@ overlap with the computation on the batch before.
 import os
 import tarfile
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
+from torchvision.datasets.folder import find_classes, is_image_file
 
 from configs import DATASETS, DatasetConfig, InputError, one_line, printable
 
@@ -179,18 +179,15 @@ READERS: dict[str, Callable[[Path], ImageData]] = {
 def _folder(
     data_dir: Path, image_size: int, limit_per_class: int | None, test_only: bool
 ) -> ImageData:
-    classes, test = _list_images(data_dir / "test")
-    train = []
-    if not test_only:
-        train_classes, train = _list_images(data_dir / "train")
-        if differ := sorted(set(train_classes) ^ set(classes)):
-            raise _input_error(
-                f"train and test in {data_dir} must have the same classes, but only one of them "
-                f"has {', '.join(differ)}"
-            )
-        targets = torch.tensor([target for _, target in train])
-        train = [train[row] for row in first_of_each_class(targets, limit_per_class).tolist()]
-    return ImageData(_decode(train, image_size), _decode(test, image_size), classes)
+    test = _list_images(data_dir / "test")
+    train = _list_images(data_dir / "train") if not test_only else {name: [] for name in test}
+    if differ := sorted(train.keys() ^ test.keys()):
+        raise _input_error(
+            f"train and test in {data_dir} must have the same classes, but only one of them has "
+            f"{', '.join(differ)}"
+        )
+    train = {name: paths[:limit_per_class] for name, paths in train.items()}
+    return ImageData(_decode(train, image_size), _decode(test, image_size), list(test))
 
 
 def count_classes(data_dir: str | Path, part: str = "train") -> int:
@@ -198,49 +195,51 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
     Raises InputError if there are none, or one has no images.
     """
-    return len(_list_images(Path(data_dir) / part)[0])
+    return len(_list_images(Path(data_dir) / part))
 
 
 def count_images(name: str, data_dir: str | Path, limit_per_class: int | None = None) -> int:
     """Return the number of training images that `load_dataset` returns, without reading them."""
-    counts = DATASETS[name].per_class
-    if counts is None:
-        _, samples = _list_images(Path(data_dir) / "train")
-        counts = Counter(target for _, target in samples).values()
+    counts = DATASETS[name].per_class or [
+        len(paths) for paths in _list_images(Path(data_dir) / "train").values()
+    ]
     return sum(min(count, limit_per_class or count) for count in counts)
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Return the classes, and the path and class index of each image, in the order of their names.
+def _list_images(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of each class, sorted by name. Links are followed.
 
-    Links are followed. Hidden files and folders are left out: desktops and notebooks make them
-    (._0.jpg, .ipynb_checkpoints). So are folders in that of a class.
+    Hidden files and folders are left out: desktops and notebooks make them (._0.jpg,
+    .ipynb_checkpoints). So are folders in that of a class: torchvision's make_dataset would walk
+    through them, and never end where links lead in circles.
 
     Raises InputError if there are no classes, or one has no images.
     """
-    root = folder.absolute()  # torchvision would expand a leading ~
-
-    def is_image(path: str) -> bool:
-        file = Path(path)
-        visible = not file.name.startswith(".")
-        return visible and is_image_file(file.name) and file.parent.parent == root
-
     try:
-        classes = [name for name in find_classes(root)[0] if not name.startswith(".")]
-        indices = {name: index for index, name in enumerate(classes)}
-        return classes, make_dataset(root, indices, is_valid_file=is_image)
-    except (OSError, ValueError) as error:
+        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in classes}
+        if not files or not all(files.values()):
+            empty = [name for name, paths in files.items() if not paths]
+            raise FileNotFoundError(f"there is no image of {', '.join(empty) or 'any class'}")
+    except OSError as error:
         raise _input_error(
             f"cannot read the images in {folder}: {one_line(error)}; data_dir must hold "
             "train/<class>/* and test/<class>/*"
         ) from error
+    return files
 
 
-def _decode(samples: list[tuple[str, int]], image_size: int) -> Split:
-    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
+def _is_image(path: Path) -> bool:
+    return is_image_file(path.name) and not path.name.startswith(".") and not path.is_dir()
 
-    def decode_into(row: int) -> None:
-        images[row] = _decode_image(samples[row][0], image_size)
+
+def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
+    paths = [path for of_class in files.values() for path in of_class]
+    targets = [index for index, of_class in enumerate(files.values()) for _ in of_class]
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+
+    def decode_into(index: int) -> None:
+        images[index] = _decode_image(paths[index], image_size)
 
     # Pillow decodes outside Python's lock. Each thread holds an image: os.cpu_count would start too
     # many, because it counts CPUs that this process may not use.
@@ -248,17 +247,17 @@ def _decode(samples: list[tuple[str, int]], image_size: int) -> Split:
     with warnings.catch_warnings(), ThreadPool(len(available(0))) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is an error below
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        pool.map(decode_into, range(len(samples)), chunksize=64)
-    return Split(images, torch.tensor([target for _, target in samples], dtype=torch.int64))
+        pool.map(decode_into, range(len(paths)), chunksize=64)
+    return Split(images, torch.tensor(targets, dtype=torch.int64))
 
 
-def _decode_image(path: str, image_size: int) -> Tensor:
+def _decode_image(path: Path, image_size: int) -> Tensor:
     """Return an image as (3, image_size, image_size) uint8 RGB; resizing may change its aspect.
 
     Only the first of several frames is read. Transparency is dropped, colours stay.
     """
     try:
-        if not Path(path).is_file():  # reading a pipe may never end
+        if not path.is_file():  # reading a pipe may never end
             raise ValueError("it is not a file, or a link to one")
         with Image.open(path) as image:
             if image.format == "EPS":  # with any suffix; Pillow would run Ghostscript
