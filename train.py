@@ -2,8 +2,8 @@
 
 python train.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mode E
 
-From top to bottom: what the options ask for, and what a run is made of. The epochs are in
-engine/training.py, the step of a batch in engine/step.py, a module's own in models/network.py.
+`main` reads the options, and `train` builds the run. engine/training.py has the loop over epochs,
+engine/step.py the step of a batch, and models/network.py the step of a module.
 """
 
 from engine.signals import INTERRUPTS
@@ -41,10 +41,10 @@ from planning.dry_run import choose_network, dry_run
 
 @dataclass
 class Job:
-    """What rank 0 makes of the command line: a run to train, or a checkpoint to evaluate.
+    """A run to train, or a checkpoint to evaluate, as rank 0 has read it from the command line.
 
     Attributes:
-        options: complete.
+        options: with all defaults filled in.
         checkpoint: where to continue, or what to evaluate; None for a new run.
         folder: the run folder, locked by rank 0; None for an evaluation.
         arguments: of `build_network`.
@@ -95,7 +95,8 @@ def prepare(argv: list[str], resume: str | None, stack: ExitStack) -> Job | None
         print(f"{folder.path} is finished: all {options.epochs} epochs are done")
         return None
     stack.enter_context(folder.locked())
-    if not is_auto and last_written(options.resume) != before:  # another process has gone on
+    if not is_auto and last_written(options.resume) != before:
+        # Another process has trained on since the file was read and before the folder was locked.
         options, checkpoint = read_options(argv)
         chosen = choose_network(options)
     newest = folder.read_checkpoints(options.resume, checkpoint)
@@ -153,8 +154,8 @@ def train(job: Job, strategy: Strategy) -> None:
     except Diverged as error:
         find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
         error.add_note(f"; take a lower --lr and another --output_dir{find}")
-        if folder.checkpoints():
-            error.add_note(f"; {how_to_continue(folder)}")
+        if checkpoints := folder.checkpoints():
+            error.add_note(f"; to begin from the last checkpoint, add --resume {checkpoints[0]}")
         raise
 
 
@@ -215,7 +216,7 @@ def load_data(job: Job, strategy: Strategy) -> ImageData:
 
 def batches_of(
     options: argparse.Namespace, device: torch.device, strategy: Strategy
-) -> "partial[Batches]":
+) -> partial[Batches]:
     """Return a function that makes the Batches of a split."""
     return partial(
         Batches,

@@ -34,14 +34,14 @@ class Checkpoint(NamedTuple):
     Attributes:
         epoch: epochs done.
         state_dict: weights and BatchNorm statistics, by the names of the file's format.
-        momentum: SGD's momentum by parameter name, likewise.
-        options: the run's options; empty in the authors' format, which lacks them.
-        classes: names of the classes, in the order of the head's outputs; empty likewise.
+        momentum: SGD's momentum by parameter name, by the same names.
+        options: the run's options. The authors' format lacks them, and all that follows.
+        classes: names of the classes, in the order of the head's outputs.
         official: whether the file is of the authors' format.
-        scalers: state of the modules' loss scalers, with float16; else empty.
+        scalers: states of the modules' GradScalers with float16; else empty.
         totals: `Totals.state` of the epoch in progress; empty between two epochs.
-        history: the metrics of the epochs done, as in metrics.jsonl; empty likewise.
-        peak: `PeakMemory.state`; empty likewise.
+        history: the metrics of the epochs done, a dict each, as in metrics.jsonl.
+        peak: `PeakMemory.state`.
     """
 
     epoch: int
@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def done(self) -> tuple[int, int]:
-        """Epochs and steps done: the more, the newer."""
+        """Epochs done, and steps of the epoch in progress; a newer checkpoint has more."""
         return self.epoch, self.step
 
 
@@ -85,6 +85,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         with replacing(path) as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise CannotSave(f"cannot write {path}: {one_line(reason)}") from error
 
@@ -113,6 +115,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         kind = InputError if getattr(error, "errno", None) == errno.EINVAL else Unreadable
         raise kind(f"{what}: {one_line(error)[:300]}") from error
     except Exception as error:  # what torch.load raises on a damaged file is not documented
+        if "can't allocate memory" in str(error):  # what the CPU allocator raises
+            raise Unreadable(f"{what}: {one_line(error)[-300:]}") from error
         raise InputError(f"{what}: {_reason(error)}") from error
 
 

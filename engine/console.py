@@ -1,4 +1,4 @@
-"""What a run prints for people."""
+"""Printed output."""
 
 import argparse
 import contextlib
@@ -101,11 +101,12 @@ def say(line: str) -> None:
 
 def headline(options: argparse.Namespace) -> str:
     """Return net, data and method in a line."""
-    loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
-    return (
-        f"ResNet-{options.layers} on {options.dataset}: K={options.local_module_num}, "
-        f"context {options.context_mode}, {loss}"
-    )
+    model = "ResNet" if options.model == "resnet" else options.model
+    method = "end to end"
+    if options.local_module_num > 1:
+        loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
+        method = f"K={options.local_module_num}, context {options.context_mode}, {loss}"
+    return f"{model}-{options.layers} on {options.dataset}: {method}"
 
 
 def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""How a run can fail, and the exit status and line on stderr that each failure has."""
+"""The exceptions of a run, and the exit status and line on stderr of each."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from configs import InputError, one_line
 from engine.checkpoint import CannotSave
 from engine.console import discard, note, say
 from engine.device import compile_errors
-from engine.signals import SIGNALS, Interrupted
+from engine.signals import INTERRUPTS, SIGNALS, Interrupted
 
 
 class Diverged(Exception):
@@ -34,15 +34,16 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     A process that has failed does not wait for its connections to others.
     """
+    INTERRUPTS.install()
     try:
         status = exit_status(main)
     except Exception:
         traceback.print_exc()
         status = 1
     if status:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(status)
     sys.exit()
 

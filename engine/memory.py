@@ -1,4 +1,4 @@
-"""How much memory a training step takes, in bytes.
+"""Meters of the peak memory of training steps, in bytes.
 
 On CUDA the allocator counts. Elsewhere PyTorch has no public counter, so `LiveBytes` watches every
 operation and adds up the tensor storages that are alive.
@@ -106,7 +106,7 @@ class PeakMemory:
         device: where the steps run.
         compiled: whether they run compiled.
         apart: bytes of the data set on the device, which do not count.
-        steps: how many eager steps there are until a step takes as much as any later one.
+        steps: eager steps until the memory of a step is constant.
     Attributes:
         bytes: the peak so far.
         how: how it was measured, in words.
@@ -189,5 +189,5 @@ def keep_freed_memory() -> bool:
 
 
 def readable(count: int) -> str:
-    """Return bytes in MiB, or in GiB from one up, in words."""
+    """Return bytes as "12 MiB", or as "1.50 GiB" from 1 GiB on."""
     return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"

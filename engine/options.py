@@ -88,13 +88,13 @@ def integer_between(at_least: int, at_most: int = 10**9) -> Callable[[str], int]
 
 
 def positive(text: str) -> float:
-    """Return a number above 0 and at most 1000."""
+    """Return a number above 0 and at most 10^6."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (and 1000 at most)")
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (and 1000000 at most)")
     return value
 
 
@@ -258,7 +258,7 @@ def build_parser() -> Parser:
         help="continue from a checkpoint, also of the authors' release; options not given are "
         "those of the checkpoint. auto: the newest in the run folder, if there is one")
     add("--evaluate", type=path, metavar="CKPT",
-        help="print the test error of such a checkpoint, and exit")
+        help="print the test error of a checkpoint, also of the authors' release, and exit")
     add("--print-freq", "-p", type=integer_between(1), default=10, metavar="N",
         help="print progress, and check that losses are finite, every N steps")
     add("--deterministic", **switch,
@@ -291,7 +291,8 @@ PERFORMANCE_OPTIONS = (
     "context_group", "recompute", "compile", "channels_last", "cudnn_benchmark", "data_on_device",
     "keep_heap", "deterministic",
 )  # fmt: skip
-"""Options that only change memory and speed; a resumed run may change them."""
+"""Options that a resumed run may change. They change memory, speed and rounding, and `compile` also
+changes dropout masks."""
 
 BATCH_OPTIONS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class")
 """Options that decide which images are in each batch of an epoch."""
@@ -304,7 +305,7 @@ REQUIRED = {
     "nproc": {"parallel": "modules", "dry_run": True},
     "device_tflops": {"parallel": "modules", "dry_run": True},
 }
-"""Option -> other options that it is for, and their values."""
+"""Option -> the values that other options must have where it is given."""
 
 EXCLUSIVE = (
     ("resume", "evaluate"), ("dry_run", "evaluate"), ("deterministic", "cudnn_benchmark"),
@@ -316,7 +317,7 @@ EXCLUSIVE_TYPED = (
     ("memory_budget", "local_module_num"),
     ("cuts", "partition"), ("cuts", "balanced_memory"), ("cuts", "memory_budget"),
 )  # fmt: skip
-"""Pairs of which one is typed; in a checkpoint, the other is what it led to."""
+"""Pairs that exclude each other when typed. A checkpoint may have both: one led to the other."""
 
 
 def data_name(options: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""What made a run: library versions, and the commit of this code."""
+"""Library versions and git commit, which are recorded with each run."""
 
 import os
 import platform

@@ -76,8 +76,9 @@ class RunFolder:
     # What a run continues from
 
     def checkpoints(self) -> list[Path]:
-        """Return checkpoint.pt and model_best.pt, as far as they are there."""
-        return [path for path in (self.checkpoint, self.best) if _has_content(path)]
+        """Return checkpoint.pt and model_best.pt, if they are there and not known to be damaged."""
+        damaged = {path for path, error in self.contents.items() if isinstance(error, str)}
+        return [p for p in (self.checkpoint, self.best) if p not in damaged and _has_content(p)]
 
     def read_checkpoints(
         self, resumed: str | None = None, checkpoint: Checkpoint | None = None
@@ -198,7 +199,7 @@ class RunFolder:
     ) -> list[str]:
         """Return in words which options differ from an earlier run's, without `ignoring`."""
         before, now = _comparable(earlier), _comparable(self.options)
-        not_chosen = set()  # before the run begins
+        not_chosen = set()  # options that --partition auto or --memory_budget have yet to decide
         if now["cuts"] is None and (now["partition"] == "auto" or now["memory_budget"]):
             not_chosen = {"cuts", "local_module_num"} if now["memory_budget"] else {"cuts"}
         return [
@@ -243,6 +244,9 @@ class RunFolder:
             for path, error in self.contents.items():
                 kept = path.rename(_free_name(path))
                 note(f"{error}; it is kept as {kept.name}")
+            if self.contents and checkpoint is None:
+                note("no checkpoint here is undamaged: the run begins again")
+            self.contents = {}
             write_json(self.config, self.options)
             self._write_metrics()
             before = self.environment.read_text() if self.environment.exists() else ""

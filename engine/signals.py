@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """What signals have asked this process to do.
+    """The signal handlers of this process.
 
     A signal ends the process at once, with status 130 or 143. While `deferred`, the first one only
     sets `asked`, and `check` raises Interrupted; a later one ends the process at once. One that
@@ -58,9 +58,9 @@ class Interrupts:
             os._exit(128 + number)
 
     @contextmanager
-    def deferred(self, at_once: bool = True) -> Iterator[None]:
-        """Let a signal wait for `check`; `at_once`, or from the first call of `defer` on."""
-        self._deferred, self.asked = at_once, None
+    def deferred(self, from_start: bool = True) -> Iterator[None]:
+        """Let a signal wait for `check`: from the start, or else from the first `defer` on."""
+        self._deferred, self.asked = from_start, None
         try:
             yield
         finally:

@@ -94,7 +94,7 @@ class Training:
             Diverged, CannotSave: the last checkpoint is as it was.
         """
         # Compiling takes a minute or more, and until the first step there is nothing to save.
-        with INTERRUPTS.deferred(at_once=not self.options.compile):
+        with INTERRUPTS.deferred(from_start=not self.options.compile):
             try:
                 while self.epoch < self.options.epochs:
                     self.run_epoch(self.epoch + 1)

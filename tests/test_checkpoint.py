@@ -316,13 +316,20 @@ def test_auto_takes_the_newest_that_is_whole(train_py, finished, left, mode, bes
         assert "it is kept as checkpoint.pt.damaged" in err[0]
 
 
+def test_a_hint_names_a_checkpoint_that_is_whole(train_py, finished):
+    method, _ = unfinished(finished, "E")
+    Path("run/checkpoint.pt").write_bytes(b"half")
+    status, _, err = train_py(*method)
+    assert status == 2 and "continue it with --resume run/model_best.pt" in err[0]
+
+
 def test_auto_begins_again_where_none_is_whole(train_py, finished):
     method, expected = unfinished(finished, "R0")
     for name in ("checkpoint.pt", "model_best.pt"):
         Path("run", name).write_text("no checkpoint")
     Path("run/checkpoint.pt.damaged").write_text("an earlier one")
     status, _, err = train_py(*method, "--resume", "auto")
-    assert (status, len(err)) == (0, 2)
+    assert (status, len(err)) == (0, 3) and "the run begins again" in err[2]
     assert end_of("run") == expected
     for name in ("checkpoint.pt.damaged-2", "model_best.pt.damaged"):
         assert Path("run", name).read_text() == "no checkpoint"

@@ -120,7 +120,7 @@ def test_a_signal_while_the_first_step_compiles_ends_at_once(monkeypatch, name):
     monkeypatch.setattr("engine.signals.os._exit", ends.append)
     monkeypatch.setattr("engine.signals.os.write", lambda *_: 0)
     interrupts = Interrupts()
-    with interrupts.deferred(at_once=False):
+    with interrupts.deferred(from_start=False):
         interrupts.handle(number)
         assert (ends, interrupts.asked) == ([143], None)
         interrupts.defer()
@@ -312,7 +312,7 @@ def test_bad_weights_take_no_good_ones_place(train_py, monkeypatch, step, change
     status, _, err = train_py(*method, "--output_dir", "run")
     assert (status, len(err)) == (3, 1)
     assert message in err[0]
-    assert "continue with --resume run/checkpoint.pt" in err[0]
+    assert err[0].endswith("to begin from the last checkpoint, add --resume run/checkpoint.pt")
     assert len(metrics_of("run")) == 1
     for name in ("checkpoint.pt", "model_best.pt"):
         state = read_checkpoint(f"run/{name}")
