@@ -45,6 +45,7 @@ def test_no_step_leaves_anything_behind(train_py, monkeypatch):
         assert train_py(*method, "--checkpoint_every", "2", "--output_dir", "run")[0] == 0
     assert len(seen[2]) == 5
     assert seen[6] == seen[2]
+    assert len({count for _, count, _, _ in seen[6]}) == 1
     assert {graphs for _, _, graphs, _ in seen[6]} == {graphs_before}
 
 
