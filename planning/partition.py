@@ -8,6 +8,7 @@ the best ones, and they are metered as a network before a run relies on them.
 
 import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
@@ -34,39 +35,56 @@ IMAGE_CHANNELS = 3
 
 
 class UnitCosts(NamedTuple):
-    """Of each unit: its output; its parameters; what its forward leaves, the output included; and
-    all that is alive at the peak of its backward. The last two are others for the last unit of a
-    module, which is not recomputed and whose output stays for the next module.
+    """Costs of each unit, [units] of bytes.
+
+    The last unit of a module differs: it is not recomputed, and its output stays for the next one.
+
+    Attributes:
+        output: its output.
+        parameters: its parameters.
+        saved: what its forward leaves for the backward, the output included.
+        backward: all that is alive at the peak of its backward, without what earlier units left.
+        saved_last, backward_last: the same of a module's last unit.
     """
 
     output: np.ndarray
     parameters: np.ndarray
-    kept: np.ndarray
+    saved: np.ndarray
     backward: np.ndarray
-    kept_last: np.ndarray
+    saved_last: np.ndarray
     backward_last: np.ndarray
 
 
 class HeadCosts(NamedTuple):
-    """Of one head with its decoder, or arrays of several: peak of forward and backward; output;
-    parameters; weights, momentum and statistics.
+    """Costs of a head with its decoder, in bytes; or of one head after each unit, [units].
+
+    Attributes:
+        peak: of forward and backward.
+        output: what the head returns.
+        parameters: of both.
+        state: weights, momentum and statistics.
     """
 
     peak: Any
     output: Any
     parameters: Any
-    fixed: Any
+    state: Any
 
 
 class SupplyCost(NamedTuple):
-    """Of a context supply: peak of its forward; what that leaves, the module's input included; peak
-    of its backward beyond what is alive before; weights, momentum and statistics.
+    """Cost of a context supply, in bytes.
+
+    Attributes:
+        forward: peak of the forward.
+        saved: what the forward leaves, the module's input included.
+        backward: peak of the backward, beyond what is alive before.
+        state: weights, momentum and statistics.
     """
 
     forward: int = 0
-    kept: int = 0
+    saved: int = 0
     backward: int = 0
-    fixed: int = 0
+    state: int = 0
 
 
 class Costs:
@@ -76,7 +94,7 @@ class Costs:
         arguments: of `build_network`; number of modules and cuts do not matter.
         batch_size: samples a step.
     Attributes:
-        kept: [units + 1], bytes that the forward of all units before one leaves.
+        saved: [units + 1], bytes that the forward of all units before one leaves.
     """
 
     def __init__(self, arguments: dict[str, Any], batch_size: int) -> None:
@@ -96,8 +114,8 @@ class Costs:
         self.heads = HeadCosts(*np.array(heads, dtype=float).T)
         self.image: Shape = tuple(images.shape[1:3])
         self.fixed = images.nbytes * (1 + arguments["h_reconstruct"]) + targets.nbytes
-        self.fixed += fixed_bytes(all_units.units)
-        self.kept = np.concatenate([[0], np.cumsum(self.units.kept)])
+        self.fixed += state_bytes(all_units.units)
+        self.saved = np.concatenate([[0], np.cumsum(self.units.saved)])
         self._supplies: dict[tuple, SupplyCost] = {}
 
     def _one_of_each_stage(self) -> list[LocalModule]:
@@ -124,36 +142,36 @@ class Costs:
     def modules_from(self, start: int, window: Contexts[Shape]) -> tuple[np.ndarray, np.ndarray]:
         """Return peaks of the modules that may begin with unit `start`, the shortest first.
 
-        They are beyond what is alive all the time: the batch, and all modules' weights, momentum
-        and statistics. What of the latter heads and context supply have is returned second.
+        The batch and all modules' weights, momentum and statistics are alive all the time, and not
+        in these peaks. Of the latter, the part of head and context supply is returned second.
         """
         supply = SupplyCost()
         contexts = at_start = at_end = 0
         if start:
-            sources, entry = window.named(), self.shapes[start - 1]
-            entry_bytes = feature_bytes(self.batch_size, entry)
-            supply = self.supply(entry, sources)
+            sources, h_out = window.named(), self.shapes[start - 1]
+            h_out_bytes = feature_bytes(self.batch_size, h_out)
+            supply = self.supply(h_out, sources)
             # The image counts with the batch.
             contexts = sum(
                 feature_bytes(self.batch_size, s) for s in sources.values() if s != self.image
             )
-            at_start = contexts + entry_bytes + supply.forward
-            at_end = contexts + supply.kept + supply.backward
-            at_end += entry_bytes if self.mode.recent else 0  # it is a context of later modules
+            at_start = contexts + h_out_bytes + supply.forward
+            at_end = contexts + supply.saved + supply.backward
+            at_end += h_out_bytes if self.mode.recent else 0  # it is a context of later modules
         units = UnitCosts(*(column[start:] for column in self.units))
         heads = HeadCosts(*(column[start:] for column in self.heads))
-        before = contexts + supply.kept + np.cumsum(units.kept) - units.kept
+        before = contexts + supply.saved + np.cumsum(units.saved) - units.saved
         gradients = np.cumsum(units.parameters)
         head = heads.output + heads.parameters
-        # The backward of the last unit, of one inside, and that of the supply.
         inside = np.maximum.accumulate(before + units.backward - gradients)
         inside = np.concatenate([[-np.inf], inside[:-1]])
+        # In the head, in the backward of the last unit, and of an earlier one or the supply.
         peaks = [
-            before + units.kept_last + heads.peak,
+            before + units.saved_last + heads.peak,
             before + units.backward_last + head,
             np.maximum(inside, at_end) + gradients + units.output + head,
         ]
-        return np.maximum(reduce(np.maximum, peaks), at_start), heads.fixed + supply.fixed
+        return np.maximum(reduce(np.maximum, peaks), at_start), heads.state + supply.state
 
     def cuts(self, ends: Sequence[int]) -> list[Cut]:
         """Return the cuts between modules that end before unit ends[0], ends[1], ..."""
@@ -181,11 +199,11 @@ def unit_costs(
     module: LocalModule, images: Tensor, recompute: bool
 ) -> tuple[UnitCosts, list[Shape]]:
     """Return the costs of the units of a module that is the full net, and their outputs' shapes."""
-    kept, backward, shapes = _meter_units(module, images, recompute)
-    kept_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
+    saved, backward, shapes = _meter_units(module, images, recompute)
+    saved_last, backward_last, _ = _meter_units(module, images, outputs_stay=True)
     outputs = [feature_bytes(len(images), shape) for shape in shapes]
     parameters = [parameter_bytes(unit) for unit in module.units]
-    columns = outputs, parameters, kept, backward, kept_last, backward_last
+    columns = outputs, parameters, saved, backward, saved_last, backward_last
     return UnitCosts(*np.array(columns, dtype=float)), shapes
 
 
@@ -197,7 +215,7 @@ def _meter_units(
     The peak is beyond what was alive before the forward, what earlier units keep and the gradients
     of later units' parameters. Outputs of later units do not count, even if all outputs stay.
     """
-    kept, shapes, stay = [], [], []
+    saved, shapes, stay = [], [], []
     peaks = [0] * len(module.units)
     with LiveBytes([*module.parameters(), *module.buffers(), images]) as meter:
 
@@ -211,7 +229,7 @@ def _meter_units(
         for index, unit in enumerate(module.units):
             before = meter.live
             h = checkpoint_unit(unit, h) if recompute else unit(h)
-            kept.append(meter.live - before)
+            saved.append(meter.live - before)
             shapes.append(tuple(h.shape[1:3]))
             h.register_hook(partial(backward_ends, index + 1))
             if outputs_stay:
@@ -222,11 +240,11 @@ def _meter_units(
         backward_ends(0)
     later = sum(p.nbytes for p in module.head.parameters()) + start
     for index in reversed(range(len(peaks))):
-        peaks[index] -= later + sum(kept[:index])
+        peaks[index] -= later + sum(saved[:index])
         later += sum(p.nbytes for p in module.units[index].parameters())
         later += stay[index].nbytes if outputs_stay else 0
     module.zero_grad(set_to_none=True)
-    return kept, peaks, shapes
+    return saved, peaks, shapes
 
 
 def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCosts:
@@ -238,7 +256,7 @@ def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tenso
         output, *losses = module.losses(h_out, targets, images)
         module.local_loss(*losses).backward()
     peak = meter.peak - before
-    return HeadCosts(peak, output.nbytes, parameter_bytes(owned), fixed_bytes(owned))
+    return HeadCosts(peak, output.nbytes, parameter_bytes(owned), state_bytes(owned))
 
 
 def supply_cost(
@@ -247,7 +265,7 @@ def supply_cost(
     """Return the cost of supplying features of one shape with contexts of others."""
     h = features(batch_size, shape)
     if not sources:
-        return SupplyCost(kept=h.nbytes)
+        return SupplyCost(saved=h.nbytes)
     channels = {name: source[0] for name, source in sources.items()}
     supply = ContextSupply(
         channels, shape[0], arguments["aux_net_widen"], arguments["context_group"]
@@ -256,7 +274,7 @@ def supply_cost(
     with LiveBytes([*supply.parameters(), *supply.buffers(), h, *contexts.values()]) as meter:
         before = meter.live
         h_in = supply(h, contexts)
-        forward, kept = meter.peak - before, meter.live - before
+        forward, saved = meter.peak - before, meter.live - before
         # The oldest falls out of the window, so only autograd keeps it now; an image stays.
         oldest = f"recent_{ContextMode.parse(arguments['context_mode']).recent - 1}"
         if channels.get(oldest, IMAGE_CHANNELS) != IMAGE_CHANNELS:
@@ -271,7 +289,7 @@ def supply_cost(
         # Through an operation, so that only autograd keeps the gradient of h_in.
         (h_in * 1).backward(torch.empty_like(h_in))
     backward = meter.peak - at_start[0]
-    return SupplyCost(forward, kept, backward, fixed_bytes(supply))
+    return SupplyCost(forward, saved, backward, state_bytes(supply))
 
 
 def features(batch_size: int, shape: Shape) -> Tensor:
@@ -289,7 +307,7 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def fixed_bytes(module: nn.Module) -> int:
+def state_bytes(module: nn.Module) -> int:
     """Return the bytes of weights, momentum and statistics."""
     return 2 * parameter_bytes(module) + sum(b.nbytes for b in module.buffers())
 
@@ -310,38 +328,35 @@ class Search:
     """
 
     def __init__(self, costs: Costs) -> None:
-        self.kept = costs.kept
+        self.saved = costs.saved
         count = len(costs.names)
         window = Contexts(costs.mode, costs.image)
         windows = {_key(window): window}
         # By window: smallest largest peak [units before, modules]; and the modules before it.
-        self._smallest = {key: np.full((count + 1, count + 1), np.inf) for key in windows}
+        self._smallest = defaultdict(lambda: np.full((count + 1, count + 1), np.inf))
+        self._modules: dict[Hashable, list[tuple[int, Hashable, np.ndarray]]] = defaultdict(list)
         self._smallest[_key(window)][0, 0] = 0
-        self._modules: dict[Hashable, list[tuple[int, Hashable, np.ndarray]]] = {}
         for start in range(count):
-            for key in [key for key in windows if np.isfinite(self._smallest[key][start]).any()]:
+            for key in [key for key, s in self._smallest.items() if np.isfinite(s[start]).any()]:
                 peaks, _ = costs.modules_from(start, windows[key])
                 after = copy.deepcopy(windows[key])
                 if start:
                     after.push(costs.shapes[start - 1])
-                after_key = _key(after)
-                if after_key not in windows:
-                    windows[after_key] = after
-                    self._smallest[after_key] = np.full((count + 1, count + 1), np.inf)
-                self._modules.setdefault(after_key, []).append((start, key, peaks))
+                windows.setdefault(_key(after), after)
+                self._modules[_key(after)].append((start, key, peaks))
                 largest = np.maximum(self._smallest[key][start, :-1], peaks[:, None])
-                smallest = self._smallest[after_key][start + 1 :, 1:]
+                smallest = self._smallest[_key(after)][start + 1 :, 1:]
                 np.minimum(smallest, largest, out=smallest)
         self.peaks = np.min([smallest[-1] for smallest in self._smallest.values()], axis=0)
 
     def ends(self, count: int) -> list[int]:
         """Return where `count` modules with the smallest peak end; as even as it lets them be."""
-        limit, end, ends = self.peaks[count], len(self.kept) - 1, []
+        limit, end, ends = self.peaks[count], len(self.saved) - 1, []
         key = next(key for key, s in self._smallest.items() if s[-1, count] <= limit)
         while end:
             ends.append(end)
             count -= 1
-            even = self.kept[end] * count / (count + 1)
+            even = self.saved[end] * count / (count + 1)
             starts = [
                 (start, before)
                 for start, before, peaks in self._modules[key]
@@ -349,7 +364,7 @@ class Search:
                 and peaks[end - start - 1] <= limit
                 and self._smallest[before][start, count] <= limit
             ]
-            end, key = min(starts, key=lambda found: abs(self.kept[found[0]] - even))
+            end, key = min(starts, key=lambda found: abs(self.saved[found[0]] - even))
         return ends[::-1]
 
 
@@ -395,12 +410,13 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
         kind: of cuts, `equal`, `balanced` or `auto`.
         budget: in bytes.
     Raises:
-        InputError: nothing fits; the message says what would.
+        InputError: nothing fits, or no number of modules is allowed.
     """
     note = "" if arguments.get("amp", "off") == "off" else " (cuts are planned in float32)"
     arguments = arguments | {"amp": "off"}
     costs = Costs(arguments, batch_size)
-    for K in _allowed(costs, kind):
+    allowed = _allowed(costs, kind)
+    for K in allowed:
         if kind == "auto" and costs.search.peaks[K] > budget - costs.fixed:
             continue
         ends = _ends(costs, kind, K)
@@ -409,7 +425,14 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
             peak = metered_peak(arguments, batch_size, cuts)
             if peak <= budget:
                 return Partition(cuts, peak)
-    raise InputError(_what_would_fit(costs, kind, budget) + note)
+    if kind == "auto":
+        allowed = [min(allowed, key=lambda K: costs.search.peaks[K])]
+    peak, K = min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
+    raise InputError(
+        f"no {kind} cuts of ResNet-{arguments['layers']} fit {readable(budget)} at batch size "
+        f"{batch_size}: the smallest peak found is {readable(peak)}, with {K} modules; take a "
+        f"smaller --batch_size{'' if arguments['recompute'] else ' or --recompute'}{note}"
+    )
 
 
 def _allowed(costs: Costs, kind: str) -> list[int]:
@@ -441,49 +464,6 @@ def _ends(costs: Costs, kind: str, K: int) -> list[int]:
         return costs.search.ends(K)
     a = costs.arguments
     return costs.ends(choose_cuts(a["layers"], K, a["dataset"], kind == "balanced"))
-
-
-def _what_would_fit(costs: Costs, kind: str, budget: int) -> str:
-    """Return a sentence: nothing fits, the smallest peak that there is, and what would fit."""
-    a, batch_size = costs.arguments, costs.batch_size
-    peak, K = _least(costs, kind)
-    message = (
-        f"no {kind} cuts of ResNet-{a['layers']} fit {readable(budget)} at batch size "
-        f"{batch_size}: the smallest peak is {readable(peak)}, with {K} modules; "
-    )
-    if not a["recompute"]:
-        recomputed, K = _least(Costs(a | {"recompute": True}, batch_size), kind)
-        fits = "fits" if recomputed <= budget else "is too much as well"
-        message += f"with --recompute it is {readable(recomputed)}, which {fits}; "
-    smallest, _ = _least(Costs(a, 2), kind)
-    if smallest > budget or batch_size == 2:
-        return message + "no batch size fits"
-    # Bytes grow with the batch along a straight line, or (contrast) a little faster.
-    line = 2 + (batch_size - 2) * (budget - smallest) // max(1, peak - smallest)
-    batch_size = min(line, batch_size - 1)
-    while _least(Costs(a, batch_size), kind)[0] > budget:
-        batch_size -= 1 + batch_size // 100
-    return message + f"--batch_size {batch_size} fits"
-
-
-def _least(costs: Costs, kind: str) -> tuple[int, int]:
-    """Return the smallest peak found in bytes, and its number of modules.
-
-    For auto cuts not every number is tried: from the one whose modules take least, fewer by
-    halves as long as the sum falls.
-    """
-    allowed = _allowed(costs, kind)
-    if kind != "auto":
-        return min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
-    K = min(allowed, key=lambda K: costs.search.peaks[K])
-    peak = max(costs.peaks(costs.search.ends(K)))
-    # Heads have weights, which the search leaves out: fewer modules may take less in all.
-    while fewer := [k for k in allowed if 2 * k <= K]:
-        other = max(costs.peaks(costs.search.ends(fewer[-1])))
-        if other >= peak:
-            break
-        peak, K = other, fewer[-1]
-    return peak, K
 
 
 def metered_peak(arguments: dict[str, Any], batch_size: int, cuts: list[Cut]) -> int:
