@@ -3,7 +3,6 @@
 Nets are in float64 where numbers must be the same; then only the order of sums may differ.
 """
 
-
 import pytest
 import torch
 import torch._dynamo
