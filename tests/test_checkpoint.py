@@ -22,6 +22,7 @@ from configs import InputError
 from engine import files, run_folder, run_name, training
 from engine.checkpoint import (
     Checkpoint,
+    Unreadable,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -415,3 +416,17 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(here, monkeypatch):
     done.clear()
     save_checkpoint(here / "a.pt", Checkpoint(1, {"w": torch.zeros(10)}, {}, {}, []))
     assert done == [(here / "a.pt").stat().st_size, "replace", "folder"]
+
+
+def test_an_error_of_the_machine_is_not_the_files(here, monkeypatch):
+    """Too little memory does not make a file damaged, and a CUDA error is no full disk."""
+    checkpoint = Checkpoint(1, {"w": torch.zeros(10)}, {}, {}, [])
+    save_checkpoint(here / "a.pt", checkpoint)
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError("can't allocate memory")))
+    with pytest.raises(Unreadable):
+        read_checkpoint(here / "a.pt")
+    monkeypatch.setattr(
+        torch, "save", mock.Mock(side_effect=RuntimeError("CUDA error: misaligned"))
+    )
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        save_checkpoint(here / "a.pt", checkpoint)

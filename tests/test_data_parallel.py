@@ -13,6 +13,7 @@ from engine.step import Totals, make_optimizers, train_step
 from losses import LOCAL_LOSSES, TaskLoss, supervised_contrastive
 from models import build_network
 from parallel.data_parallel import DataParallelStrategy
+from parallel.sync_batchnorm import SyncBatchNorm2d
 
 CPU = torch.device("cpu")
 SIZE, BATCH, SAMPLES = 8, 7, 18  # batches of 7, 7 and 4, of which 2 and 3 ranks have uneven parts
@@ -238,6 +239,11 @@ def test_all_ranks_skip_a_step_that_overflows_on_one(ranks_of, number):
 
 # ---------------------------------------------------------------------------------------------
 # Options, and shares of batches
+
+
+def test_sync_bn_refuses_a_batchnorm_of_another_kind():
+    with pytest.raises(InputError, match="--sync_bn is for BatchNorm2d, not BatchNorm1d"):
+        SyncBatchNorm2d.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
 
 
 def test_sync_bn_is_not_compiled():

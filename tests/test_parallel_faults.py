@@ -141,10 +141,13 @@ def one(monkeypatch):
 
 
 def test_other_options_on_one_rank(one):
-    one.device = torch.device("cpu")
+    one.options.device, one.device = "auto", torch.device("cpu")  # which is found to be the CPU
     typed = {"device": "'cpu'", "lr": "0.1", "data_dir": "None"}  # data may lie in other places
     one.all_gather = lambda own: [typed, own]
     one._check_options()
+    one.all_gather = lambda own: [own, typed | {"device": "'cuda'"}]
+    with pytest.raises(InputError, match="rank 1 was started with --device 'cuda'"):
+        one._check_options()
     one.all_gather = lambda own: [own, typed | {"lr": "0.2"}]
     with pytest.raises(InputError, match=r"rank 1 was started with --lr 0.2, and rank 0 with 0.1"):
         one._check_options()
