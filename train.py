@@ -6,10 +6,11 @@ python train.py --dataset cifar10 --layers 32 --local_module_num 16 --context_mo
 engine/step.py the step of a batch, and models/network.py the step of a module.
 """
 
-from engine.signals import INTERRUPTS
+from engine.errors import start_script
+from engine.options import parse_options
 
 if __name__ == "__main__":
-    INTERRUPTS.install()  # before the imports that take seconds
+    start_script(parse_options)  # before the imports that take seconds
 
 import argparse
 import os
@@ -22,11 +23,10 @@ import torch
 
 from configs import DATASETS, InputError
 from dataloaders import Batches, ImageData, load_dataset
-from engine.checkpoint import CannotSave, Checkpoint, check_weights, load_weights
-from engine.console import print_network, tolerant_output
+from engine.checkpoint import Checkpoint, check_weights, load_weights
+from engine.console import print_network, readable, tolerant_output
 from engine.device import configure_backends, device_name
-from engine.errors import Diverged, run_script
-from engine.memory import readable
+from engine.errors import CannotSave, Diverged, run_script
 from engine.options import build_parser, read_options
 from engine.run_folder import RunFolder
 from engine.run_name import run_folder
@@ -149,13 +149,13 @@ def train(job: Job, strategy: Strategy) -> None:
         training.run()
     except (Interrupted, CannotSave) as error:
         if strategy.is_first:
-            error.add_note(f"; {how_to_continue(folder)}")
+            error.advice = f"; {how_to_continue(folder)}"
         raise
     except Diverged as error:
         find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
-        error.add_note(f"; take a lower --lr and another --output_dir{find}")
+        error.advice = f"; take a lower --lr and another --output_dir{find}"
         if checkpoints := folder.checkpoints():
-            error.add_note(f"; to begin from the last checkpoint, add --resume {checkpoints[0]}")
+            error.advice += f"; to begin from the last checkpoint, add --resume {checkpoints[0]}"
         raise
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from configs import InputError, blocks_per_stage, one_line
+from engine.errors import CannotSave
 from engine.files import replacing
 from models.build import build_network
 from models.network import ContSupNetwork
@@ -68,10 +69,6 @@ class Checkpoint(NamedTuple):
 
 class Unreadable(InputError):
     """A checkpoint cannot be read here and now, but may be undamaged."""
-
-
-class CannotSave(Exception):
-    """A file of the run could not be written; the last checkpoint is as it was."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -8,13 +8,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
 from configs import one_line
-from engine.memory import readable
-from models import ContSupNetwork
+
+if TYPE_CHECKING:
+    from models import ContSupNetwork
+
+MIB, GIB = 2**20, 2**30
+
+
+def readable(count: int) -> str:
+    """Return bytes as "12 MiB", or as "1.50 GiB" from 1 GiB on."""
+    return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"
 
 
 class Progress(tqdm):
@@ -109,7 +117,7 @@ def headline(options: argparse.Namespace) -> str:
     return f"{model}-{options.layers} on {options.dataset}: {method}"
 
 
-def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
+def print_network(network: "ContSupNetwork", options: argparse.Namespace) -> None:
     """Print net, cuts and numbers of parameters, in three lines."""
     cuts = [list(module.unit_names[-1]) for module in network.local_modules[:-1]]
     counts = [f"{name} {n:,}" for name, n in network.parameter_counts().items()]

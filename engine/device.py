@@ -72,10 +72,3 @@ def wait_for(device: torch.device) -> None:
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Return the format of images, conv weights and features."""
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def compile_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of compiling: a graph break, a missing C++ compiler, ..."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return (TorchDynamoException,)

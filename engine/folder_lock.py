@@ -11,8 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from configs import InputError, one_line
-from engine.checkpoint import CannotSave
 from engine.console import note
+from engine.errors import CannotSave
 
 LOCK = ".lock"
 """File in a folder that says which process trains into it."""

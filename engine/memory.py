@@ -14,10 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-MIB, GIB = 2**20, 2**30
+from models.torch_internals import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,14 +42,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operation, then count what it returned."""
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._count(value)
+        for value in result if isinstance(result, tuple | list) else (result,):
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(tensor, Tensor):
+                    self._count(tensor)
         return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # PyTorch returns one object for a storage as long as that is held
         if key in self._known:
             return
         size = storage.nbytes()
@@ -78,7 +77,7 @@ class AllocatedBytes:
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         self.before = self.peak = sum(storages.values())
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log each start and stop
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -186,8 +185,3 @@ def keep_freed_memory() -> bool:
     except (OSError, TypeError):  # Windows
         return False
     return bool(mallopt and mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
-
-
-def readable(count: int) -> str:
-    """Return bytes as "12 MiB", or as "1.50 GiB" from 1 GiB on."""
-    return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"

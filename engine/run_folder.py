@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -230,7 +230,7 @@ class RunFolder:
         if parallel:
             self._made_by["parallel"] = parallel
         start = {
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "epoch": epoch,
             "step": step,
             "command": sys.argv,

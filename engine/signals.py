@@ -16,7 +16,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class Interrupted(Exception):
-    """A training was asked to stop, and has stopped. `status` is the exit status."""
+    """A training was asked to stop, and has stopped.
+
+    Attributes:
+        status: the exit status.
+        advice: how to continue.
+    """
+
+    advice = ""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

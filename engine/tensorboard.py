@@ -12,7 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
 from configs import one_line
-from engine.memory import MIB
+from engine.console import MIB
 
 
 def _or_give_up(write: Callable[..., None]) -> Callable[..., None]:

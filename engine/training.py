@@ -14,15 +14,14 @@ from torch import Tensor
 from configs import InputError, one_line
 from dataloaders import Batches, epoch_seed, share_sizes
 from engine.checkpoint import (
-    CannotSave,
     Checkpoint,
     load_momentum,
     momentum_by_name,
     save_checkpoint,
 )
 from engine.console import Progress, print_epoch, print_summary
-from engine.device import compile_errors, device_name
-from engine.errors import Diverged
+from engine.device import device_name
+from engine.errors import CannotSave, Diverged
 from engine.memory import PeakMemory
 from engine.options import BATCH_OPTIONS, PERFORMANCE_OPTIONS
 from engine.run_folder import RunFolder, same_file
@@ -40,6 +39,7 @@ from engine.step import (
 )
 from engine.strategy import Strategy
 from models import ContSupNetwork, LocalModule
+from models.torch_internals import compile_errors
 
 
 class Training:

@@ -16,6 +16,7 @@ from losses import TaskLoss, reconstruction_loss
 from models.auxiliary import Decoder
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
+from models.torch_internals import raise_recompile_limits
 
 
 class LocalModule(nn.Module):
@@ -197,9 +198,7 @@ class ContSupNetwork(nn.Module):
         """
         self.compiled = True
         kinds = sum(1 + len(module.context) for module in self.stage)  # at most
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 2 * kinds)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * kinds)
+        raise_recompile_limits(kinds)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         step = compiled(LocalModule.forward_and_losses)
         encode = cache(lambda kind: compiled(kind.forward))

@@ -20,6 +20,7 @@ from dataloaders import share_sizes
 from engine.checkpoint import Checkpoint
 from losses import TaskLoss
 from models import ContSupNetwork, LocalModule
+from models.torch_internals import keep_graphs_whole
 from parallel.strategy import ParallelStrategy
 from parallel.sync_batchnorm import SyncBatchNorm2d, gather_rows
 
@@ -105,9 +106,7 @@ class DataParallelStrategy(ParallelStrategy):
                 module.task = self.batch.compare_with_all(module.task)
             _wrap_step(module, self.batch)
         if network.compiled:
-            # For the process: DDP would split graphs where buckets are full, and --recompute can't
-            # be split.
-            torch._dynamo.config.optimize_ddp = False
+            keep_graphs_whole()
 
     def begin_batch(self, size: int, is_last: bool) -> None:
         self.batch.sizes = share_sizes(size, self.size)

@@ -1,14 +1,17 @@
-"""From torchrun's environment and `--parallel` to a strategy."""
+"""From torchrun's environment and `--parallel` to a strategy. Importing it imports no torch."""
 
 import argparse
 import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING
 
 from configs import InputError
 from engine.errors import PeerFailed
-from engine.strategy import Strategy
+
+if TYPE_CHECKING:
+    from engine.strategy import Strategy
 
 
 @contextmanager
@@ -32,11 +35,13 @@ def first_speaks() -> Iterator[None]:
             raise
 
 
-def make_strategy(options: argparse.Namespace) -> Strategy:
+def make_strategy(options: argparse.Namespace) -> "Strategy":
     """Return the strategy that `--parallel` asks for; `options` are as typed.
 
     Raises InputError unless torchrun has started the processes that it needs, and no others.
     """
+    from engine.strategy import Strategy  # here, because it imports torch
+
     processes = os.environ.get("WORLD_SIZE", "1")
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and processes != "1"
     if options.dry_run:

@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import InputError, one_line
-from engine.checkpoint import CannotSave
 from engine.device import choose_device
-from engine.errors import ConnectionLost, Diverged, PeerFailed
+from engine.errors import CannotSave, ConnectionLost, Diverged, PeerFailed
 from engine.signals import INTERRUPTS, Interrupted
 from parallel.heartbeat import Heartbeat
 

@@ -2,19 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.device import memory_format, wait_for
 from models import build_network
 from models.context import ContextMode, Contexts
 from models.network import ForwardState, StageIO
+from models.torch_internals import FakeTensorMode, hidden_from_profiler
 
 IN_FLIGHT = 2
 """Batches whose features may be in transit to the next process at once."""
@@ -184,20 +183,6 @@ class Link(StageIO):
         with self.waits:
             for work in works:
                 work.wait()
-
-
-@contextmanager
-def hidden_from_profiler() -> Iterator[None]:
-    """Hide what is inside from the profiler that measures compiled steps (engine/memory.py).
-
-    A transfer ends some steps after the one that starts it. torch would then write its end into the
-    record of a profiler whose memory has been freed.
-    """
-    torch.autograd._enable_record_function(False)
-    try:
-        yield
-    finally:
-        torch.autograd._enable_record_function(True)
 
 
 class DeviceWaits:

@@ -9,10 +9,10 @@ take turns step by step, so that other work on the machine slows all of them ali
 a row of several processes that share the modules.
 """
 
-from engine.signals import INTERRUPTS
+from engine.errors import start_script
 
 if __name__ == "__main__":
-    INTERRUPTS.install()  # before the imports that take seconds
+    start_script(lambda argv: None)  # before the imports that take seconds
 
 import argparse
 import json
@@ -33,13 +33,15 @@ import torch
 
 from configs import DATASETS, InputError, one_line
 from dataloaders import Batches, Split
-from engine.device import compile_errors, configure_backends, device_name, wait_for
+from engine.console import MIB
+from engine.device import configure_backends, device_name, wait_for
 from engine.errors import ConnectionLost, PeerFailed
-from engine.memory import MIB, PeakMemory
+from engine.memory import PeakMemory
 from engine.options import Parser, integer_between, read_options
 from engine.options import build_parser as build_train_parser
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
+from models.torch_internals import compile_errors
 from parallel.launch import make_strategy
 from planning.dry_run import choose_network
 

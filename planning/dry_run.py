@@ -9,8 +9,7 @@ import torch
 
 from configs import DATASETS
 from dataloaders import check_image_size, count_classes
-from engine.console import headline, note
-from engine.memory import GIB, readable
+from engine.console import GIB, headline, note, readable
 from engine.options import NETWORK_OPTIONS
 from engine.run_folder import RunFolder
 from engine.run_name import run_folder

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import Cut, InputError, choose_cuts, published_loss_scale
-from engine.memory import LiveBytes, readable
+from engine.console import readable
+from engine.memory import LiveBytes
 from models import LocalModule, build_network
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
+from models.torch_internals import FakeTensorMode
 from planning.plan import END_TO_END, fake_batch, step_peaks
 
 Shape = tuple[int, int]

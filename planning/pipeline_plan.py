@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataloaders import count_images
-from engine.memory import MIB
+from engine.console import MIB
 from models import ContSupNetwork, build_network
+from models.torch_internals import FakeTensorMode
 from parallel.stages import balanced_ranges, check_count, check_ranges, format_range
 from parallel.transfer import IN_FLIGHT, FeatureSpec, Link, crossing
 from planning.plan import Plan, fake_batch, step_peaks

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Cut
-from engine.memory import MIB, LiveBytes, readable
+from engine.console import MIB, readable
+from engine.memory import LiveBytes
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import ContSupNetwork, LocalModule, build_network
+from models.torch_internals import FakeTensorMode
 
 END_TO_END = {
     "local_module_num": 1,

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from configs import DATASETS, InputError
+from engine.console import MIB
 from engine.files import replacing
-from engine.memory import MIB
 from engine.options import NETWORK_OPTIONS
 from planning.plan import end_to_end_peaks
 from report.results import END_TO_END

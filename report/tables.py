@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from configs import balanced_cuts_are_equal
-from engine.memory import MIB
+from engine.console import MIB
 from report.results import SETUP
 
 MODES = ("R0", "E", "R1", "R1E")

@@ -22,10 +22,10 @@ from fork_server import ROOT
 import train
 from engine import folder_lock, run_folder, tensorboard, training
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from engine.device import compile_errors
 from engine.errors import exit_status
 from engine.signals import INTERRUPTS, SIGNALS, Interrupts
 from engine.step import LocalSGD, Totals
+from models.torch_internals import compile_errors
 
 TINY = [*OF_16, "--context_mode", "E", "--batch_size", "4", "--seed", "0"]
 STEPS = 5

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import BALANCED_CUTS, InputError, choose_cuts, unit_names
 from engine import options
 from engine.checkpoint import read_checkpoint
-from engine.memory import readable
+from engine.console import readable
 from engine.run_name import run_name
 from models import build_network
 from models.context import ContextMode, Contexts

@@ -19,9 +19,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import models
 import train
 from engine.checkpoint import load_momentum, momentum_by_name, read_checkpoint
+from engine.console import MIB
 from engine.errors import exit_status
 from engine.folder_lock import LOCK
-from engine.memory import MIB
 from engine.options import read_options
 from engine.run_folder import RunFolder
 from engine.run_name import run_name

@@ -1,0 +1,61 @@
+"""The names of PyTorch that are not public, with what stands in where a version lacks one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "compile_errors",
+    "hidden_from_profiler",
+    "keep_graphs_whole",
+    "raise_recompile_limits",
+]
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of compiling: a graph break, a missing C++ compiler, ..."""
+    from torch._dynamo import exc  # here, because it takes a second
+
+    base = getattr(exc, "TorchDynamoException", None)  # without it they end a run with a traceback
+    return (base,) if base else ()
+
+
+def raise_recompile_limits(kinds: int) -> None:
+    """Have torch.compile keep the code of so many modules, each for two batch sizes.
+
+    The names are those of torch 2.6 and later. Where they are gone, compiling fails in one line
+    when there are more modules than torch has room for.
+    """
+    limits = torch._dynamo.config
+    for name, least in (("recompile_limit", 2 * kinds), ("accumulated_recompile_limit", 8 * kinds)):
+        if hasattr(limits, name):
+            setattr(limits, name, max(getattr(limits, name), least))
+
+
+def keep_graphs_whole() -> None:
+    """Have torch.compile not split graphs where the buckets of DistributedDataParallel are full.
+
+    It holds for the process. A graph with --recompute can't be split.
+    """
+    if hasattr(torch._dynamo.config, "optimize_ddp"):
+        torch._dynamo.config.optimize_ddp = False
+
+
+@contextmanager
+def hidden_from_profiler() -> Iterator[None]:
+    """Hide what is inside from torch.profiler, which measures compiled steps on the CPU.
+
+    A transfer ends some steps after the one that starts it. torch would then write its end into the
+    record of a profiler whose memory has been freed. A version that can't hide it does so.
+    """
+    enable = getattr(torch.autograd, "_enable_record_function", lambda _: None)
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(True)
