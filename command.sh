@@ -2,7 +2,8 @@
 # ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
-# ./command.sh test    the fast tests, in two processes; all tests with --slow
+# ./command.sh test    the fast tests, in two processes; all tests with --slow; with --matrix the
+#                      fast ones on the oldest and the newest Python and torch, and one between
 # ./command.sh list    the paper's experiments and how many runs each has
 # ./command.sh table1 | table2 | table3 | figure4 | figure5 | table4 | all
 #                      train the runs of an experiment, then python -m report runs
@@ -11,12 +12,14 @@
 # prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
 # of evidence 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs. A finished run is skipped, and
 # one that was cut off continues. Paths are relative to this script's folder, where runs/ and
-# results/ are too. PYTHON=... names another interpreter.
+# results/ are too. An active virtual environment that has torch is used as it is. Else .venv is:
+# it is made with the first Python 3.10 or later, or that of PYTHON=..., and what requirements.txt
+# asks for, or REQUIREMENTS=requirements-lock.txt (the versions that results here were made with).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 usage() {
-    sed -n '2,14s/^# //p' command.sh
+    sed -n '2,17s/^# //p' command.sh
 }
 
 fail() {
@@ -24,23 +27,81 @@ fail() {
     exit 2
 }
 
-# Make .venv with what requirements.txt asks for, unless it is there already.
+python=.venv/bin/python # or another that has torch, as `prepare` finds
+
+has_torch() {
+    "$1" -c 'from importlib.util import find_spec
+raise SystemExit(find_spec("torch") is None)' 2> /dev/null
+}
+
+# Use the active virtual environment if torch is in it: nothing is installed there.
+use_active_environment() {
+    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+    if [ -z "${PYTHON:-}" ] && [ -n "$active" ] && has_torch "$active/bin/python"; then
+        python=$active/bin/python
+    fi
+}
+
+# find_python AT_LEAST [NAME ...]: print the first interpreter of that version or later.
+find_python() {
+    local name
+    for name in "${@:2}"; do
+        if "$name" -c "import sys; sys.exit(sys.version_info < tuple(map(int, '$1'.split('.'))))" \
+            2> /dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    return 1
+}
+
+# Choose the interpreter. Where no active environment has torch, make or complete .venv.
 prepare() {
-    local python=${PYTHON:-python3.11}
-    command -v "$python" > /dev/null || {
-        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not there"
-        python=python3
-    }
-    if [ ! -x .venv/bin/python ]; then
-        "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-            fail "Python 3.11 is needed; name it with PYTHON=/path/to/python3.11"
-        "$python" -m venv .venv
+    use_active_environment
+    [ "$python" = .venv/bin/python ] || return 0
+    local wanted=${REQUIREMENTS:-requirements.txt} from
+    if ! .venv/bin/python -c 'import pip' 2> /dev/null && ! has_torch .venv/bin/python; then
+        if [ -n "${PYTHON:-}" ]; then
+            from=$(find_python 3.10 "$PYTHON") || fail "PYTHON=$PYTHON is no Python 3.10 or later"
+        else
+            from=$(find_python 3.10 python3 python3.13 python3.12 python3.11 python3.10 python) ||
+                fail "Python 3.10 or later is needed; name it with PYTHON=/path/to/python3"
+        fi
+        # It also completes a .venv that was left half made.
+        "$from" -m venv .venv ||
+            fail "could not make .venv; Debian and Ubuntu have venv in a package, python3-venv"
     fi
-    if ! cmp -s requirements.txt .venv/requirements.txt; then
-        echo "installing requirements.txt into .venv"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        cp requirements.txt .venv/requirements.txt
+    if ! cmp -s "$wanted" .venv/requirements.txt; then
+        echo "installing $wanted into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted"
+        cp "$wanted" .venv/requirements.txt
     fi
+}
+
+# matrix [NAME ...]: run the fast tests on the oldest versions, some between, and the newest.
+matrix() {
+    local names=("$@") name version pins from failed=""
+    [ $# -gt 0 ] || names=(oldest between newest)
+    for name in "${names[@]}"; do
+        case $name in
+            oldest) version=3.10 pins='s/>=/==/' ;;
+            between) version=3.12 pins='s/^torch>=.*/torch==2.11.*/' ;;
+            newest) version=3.13 pins='' ;;
+            *) fail "--matrix $name is none of oldest, between, newest" ;;
+        esac
+        from=$(find_python $version python$version \
+            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/$version*/bin/python) ||
+            fail "the versions '$name' need Python $version, which is not here"
+        "$from" -m venv ".matrix/$name"
+        sed "$pins" requirements.txt > ".matrix/$name/requirements.txt"
+        ".matrix/$name/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade \
+            -r ".matrix/$name/requirements.txt"
+        ".matrix/$name/bin/python" -c 'import platform, sys, torch
+print(f"{sys.argv[1]}: Python {platform.python_version()}, torch {torch.__version__}", flush=True)' \
+            "$name"
+        ".matrix/$name/bin/python" -m pytest -m "not slow" -n 2 --dist loadfile || failed+=" $name"
+    done
+    [ -z "$failed" ] || fail "tests failed on:$failed"
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -48,6 +109,10 @@ prepare() {
 
 PUBLISHED=(--model resnet --droprate 0.0 --cos_lr --aux_net_widen 1 --aux_net_feature_dim 128
     --aux_net_config 1c2f --epochs "${EPOCHS:-160}")
+
+# What else would make other runs of an experiment's, beside the options that its calls have.
+FIXED="--cuts --partition --balanced_memory --memory_budget --h_reconstruct --no-cos_lr"
+FIXED+=" --loss_scale --ixx_1 --ixy_1 --ixx_2 --ixy_2"
 
 # add_runs DATA LAYERS MODES LOSSES KS [option ...]: add a call of train.py for each combination.
 add_runs() {
@@ -105,12 +170,11 @@ add_experiment() {
 
 # Print a line for each experiment: its name, its number of runs a seed, and its comment.
 list() {
-    local name CALLS lines
+    local name CALLS
     for name in table1 table2 table3 figure4 figure5 table4 all; do
         CALLS=""
         add_experiment $name
-        mapfile -t lines <<< "${CALLS%$'\n'}"
-        printf '%-8s %3d runs  %s\n' $name ${#lines[@]} \
+        printf '%-8s %3d runs  %s\n' $name "$(wc -l <<< "${CALLS%$'\n'}")" \
             "$(sed -n "s/^ *$name) # //p" command.sh)"
     done
 }
@@ -121,7 +185,7 @@ list() {
 # experiment NAME [option of train.py ...]: train all runs with all seeds, then make the report.
 experiment() {
     local name=$1 list="" how="--resume auto" extra="" CALLS="" calls=() option call seed status count=0
-    local failed=() seeds
+    local failed=() seeds typed=""
     read -r -d '' -a seeds <<< "${SEEDS:-0}" || true # its status is 1 at the end of the text
     [[ "${seeds[*]-}" =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
         fail "SEEDS='$SEEDS' are not whole numbers between spaces"
@@ -139,17 +203,26 @@ experiment() {
             --output_dir* | --resume* | --evaluate* | --seed*)
                 fail "$name has many runs, so leave ${option%%=*} out (seeds: SEEDS=\"0 1 2\")"
                 ;;
-            *) extra+=$(printf '%q ' "$option") ;;
+            *)
+                extra+=$(printf '%q ' "$option")
+                typed+=" ${option%%=*}"
+                ;;
         esac
     done
     add_experiment "$name"
+    for option in $typed; do
+        [[ $option != --* || " $FIXED ${CALLS//$'\n'/ }" != *" $option "* ]] ||
+            fail "$option is part of what makes $name: leave it out" \
+                "(EPOCHS=... and DATASET=... may change it)"
+    done
     for seed in "${seeds[@]}"; do
         while IFS= read -r call; do
             calls+=("train.py ${call}--seed $seed $extra$how")
         done <<< "${CALLS%$'\n'}"
     done
     if [ -n "$list" ]; then
-        printf '.venv/bin/python %s\n' "${calls[@]}"
+        use_active_environment
+        for call in "${calls[@]}"; do echo "$python $call"; done
         return
     fi
     prepare
@@ -158,7 +231,7 @@ experiment() {
         count=$((count + 1))
         echo "[$count/${#calls[@]}] $call"
         status=0
-        eval "run_until_signal .venv/bin/python $call" || status=$?
+        eval "run_until_signal \"\$python\" $call" || status=$?
         case $status in
             0) ;;
             130 | 143) exit $status ;; # Ctrl-C or SIGTERM: the rest is not wanted either
@@ -166,7 +239,7 @@ experiment() {
         esac
     done
     status=0
-    .venv/bin/python -m report runs || status=1
+    "$python" -m report runs || status=1
     if [ ${#failed[@]} -gt 0 ]; then
         status=1
         echo "command.sh: ${#failed[@]} of ${#calls[@]} runs failed:" >&2
@@ -178,9 +251,7 @@ experiment() {
 # End with status 2 and one line if the options of a call are wrong, as those of all calls are then.
 check_options() {
     eval "set -- $1"
-    .venv/bin/python -c 'import engine.signals
-engine.signals.INTERRUPTS.install()
-from engine.errors import run_script
+    "$python" -c 'from engine.errors import run_script
 from engine.options import read_options
 run_script(read_options)' "${@:2}" || exit $?
 }
@@ -213,7 +284,7 @@ pass_on() {
 case "${1:-}" in
     demo)
         prepare
-        run_until_signal .venv/bin/python train.py --dataset digits --layers 32 \
+        run_until_signal "$python" train.py --dataset digits --layers 32 \
             --local_module_num 4 --context_mode E --local_loss_mode cross_entropy --epochs 9 \
             --batch_size 64 --output_dir "runs/demo-$(date +%Y%m%d-%H%M%S)" "${@:2}"
         ;;
@@ -222,10 +293,10 @@ case "${1:-}" in
         echo "| depth | end to end, MiB | modules that fit 1 GiB | their peak, MiB |"
         echo "|---|---|---|---|"
         for layers in 32 110 1202; do
-            .venv/bin/python train.py --dataset cifar10 --layers $layers --context_mode E \
+            "$python" train.py --dataset cifar10 --layers $layers --context_mode E \
                 --local_loss_mode cross_entropy --batch_size 256 --memory_budget 1 \
                 --dry_run --json "${@:2}" |
-                .venv/bin/python -c 'import json, sys
+                "$python" -c 'import json, sys
 plan = json.load(sys.stdin)
 end_to_end, peak = (plan[f"{name}_bytes"] / 2**20 for name in ("end_to_end_peak", "peak"))
 modules = len(plan["modules"])
@@ -236,18 +307,22 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
         prepare
         for run in "1 R0" "16 R0" "16 E" "16 R1E"; do
             echo "ResNet-32, K=${run% *}, ${run#* }"
-            .venv/bin/python -m planning.bench --dataset cifar10 --layers 32 --batch_size 128 \
+            "$python" -m planning.bench --dataset cifar10 --layers 32 --batch_size 128 \
                 --local_module_num "${run% *}" --context_mode "${run#* }" \
                 --local_loss_mode cross_entropy \
                 --versus="--amp bf16" --versus="--amp bf16 --compile" "${@:2}"
         done
         ;;
     test)
+        if [ "${2:-}" = --matrix ]; then
+            matrix "${@:3}"
+            exit
+        fi
         prepare
         if [ "${2:-}" = --slow ]; then
-            .venv/bin/python -m pytest "${@:3}"
+            "$python" -m pytest "${@:3}"
         else
-            .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile "${@:2}"
+            "$python" -m pytest -m "not slow" -n 2 --dist loadfile "${@:2}"
         fi
         ;;
     list) list ;;

@@ -22,8 +22,8 @@ ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
 
 PYTHON = f"""#!/bin/sh
-if [ "$1" = -c ]; then # checks the options only
-    [ -z "$CHECKS" ] || exec env PYTHONPATH={ROOT} {sys.executable} "$@"
+if [ "$1" = -c ]; then # checks the options, or the environment
+    [ -z "$CHECKS" ] || [ $# = 2 ] || exec env PYTHONPATH={ROOT} {sys.executable} "$@"
     exit
 fi
 echo "$*" >> calls
@@ -45,7 +45,8 @@ With CHECKS it does check the options that command.sh has it check."""
 
 
 def command(*arguments, cwd=ROOT, **environment):
-    plain = {k: v for k, v in os.environ.items() if k not in ("SEEDS", "EPOCHS", "DATASET")}
+    changing = "SEEDS", "EPOCHS", "DATASET", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "REQUIREMENTS"
+    plain = {k: v for k, v in os.environ.items() if k not in changing}
     return subprocess.run(
         ["./command.sh", *arguments],
         cwd=cwd, env=plain | environment, capture_output=True, text=True, timeout=60,
@@ -64,7 +65,7 @@ def listed(*arguments, **environment):
 @pytest.fixture
 def clone(tmp_path):
     """Make a folder with command.sh and an interpreter that only writes down its calls."""
-    for name in ("command.sh", "requirements.txt"):
+    for name in ("command.sh", "requirements.txt", "requirements-lock.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv")
@@ -226,7 +227,7 @@ def test_a_signal_is_passed_on_to_the_run(clone, target, to_all, name, status):
     [
         (["table1", "--lsit"], {}, "unrecognized arguments: --lsit"),
         (["all"], {"EPOCHS": "many"}, "--epochs: 'many'"),
-        (["table1", "--cuts", "1,0", "--balanced_memory"], {}, "--cuts and --balanced_memory"),
+        (["table1", "--deterministic", "--cudnn_benchmark"], {}, "--deterministic and --cudnn_ben"),
     ],
 )
 def test_options_that_are_wrong_are_said_once(clone, arguments, environment, says):
@@ -256,6 +257,11 @@ def test_a_dry_run_plans_each_once(clone):
         (["all", "--output_dir=x"], {}, "leave --output_dir out"),
         (["all", "--resume", "x"], {}, "leave --resume out"),
         (["all", "--evaluate=x"], {}, "leave --evaluate out"),
+        (["table1", "--layers", "8"], {}, "--layers is part of what makes table1: leave it out"),
+        (["all", "--epochs=3"], {}, "--epochs is part of"),
+        (["figure5", "--h_reconstruct"], {}, "--h_reconstruct is part of"),
+        (["table1", "--cuts", "1,0"], {}, "--cuts is part of"),
+        (["test", "--matrix", "oldst"], {}, "--matrix oldst is none of oldest, between, newest"),
         (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
         (["table1"], {"SEEDS": " "}, "SEEDS=' '"),
     ],
@@ -265,3 +271,52 @@ def test_bad_input(clone, arguments, environment, says):
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[0]
     assert not (clone / "calls").exists()
+
+
+HALF_MADE = f"""#!/bin/sh
+case "$1 $2" in
+    "-c "*) exec {sys.executable} "$@" ;;
+    "-m venv") {sys.executable} -m venv --without-pip "$3"; [ -e installed ] || exit 1 ;;
+esac
+"""
+"""An interpreter as Debian's: without a package its venv makes a .venv that has no pip."""
+
+
+def test_a_half_made_environment_is_completed(clone):
+    shutil.rmtree(clone / ".venv")
+    other = clone / "debian"
+    other.write_text(HALF_MADE)
+    other.chmod(0o755)
+    first = command("demo", cwd=clone, PYTHON=str(other))
+    assert (first.returncode, first.stderr.splitlines()[-1][:38]) == (
+        2, "command.sh: error: could not make .ven",
+    )  # fmt: skip
+    assert (clone / ".venv" / "bin" / "python").exists()
+    other.write_text(HALF_MADE.replace("--without-pip", ""))
+    (clone / "installed").touch()
+    (clone / "requirements.txt").write_text("")
+    (clone / "train.py").write_text("print('trained')")
+    second = command("demo", cwd=clone, PYTHON=str(other))
+    assert (second.returncode, second.stderr) == (0, "")
+    assert second.stdout.splitlines() == ["installing requirements.txt into .venv", "trained"]
+
+
+def test_an_active_environment_with_torch_is_used_as_it_is(clone):
+    shutil.rmtree(clone / ".venv")
+    python = clone / "mine" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        active = {name: str(clone / "mine"), "FAILS": "nothing"}
+        assert command("test", "--slow", cwd=clone, **active).returncode == 0
+    assert calls_in(clone) == ["-m pytest"] * 2
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("python", ["nowhere", "false"])
+def test_another_interpreter_must_be_a_python(clone, python):
+    shutil.rmtree(clone / ".venv")
+    done = command("demo", cwd=clone, PYTHON=python)
+    assert done.returncode == 2
+    assert done.stderr == f"command.sh: error: PYTHON={python} is no Python 3.10 or later\n"
