@@ -100,7 +100,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if not path.is_file():
             raise InputError(f"there is no checkpoint {path}")
         _check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which are refused below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = _from_contents(contents)
         _check_parts(checkpoint)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from engine.errors import CannotSave
 LOCK = ".lock"
 """File in a folder that says which process trains into it."""
 
+CANNOT_LOCK = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP
+
 ELSEWHERE = "choose another --output_dir, --name or --no"
 
 
@@ -26,7 +29,9 @@ def locked(path: Path) -> Iterator[None]:
 
     The system gives up the lock of a process that dies: a stale lock file is in nobody's way.
     """
-    lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
+    # Not filelock's own choice: where files can't be locked it may take a lock that outlives us.
+    is_soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    lock = FileLock(path / LOCK, timeout=0, **({"fallback_to_soft": False} if is_soft else {}))
     try:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
@@ -38,8 +43,8 @@ def locked(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is in use by {owner}: wait, or {ELSEWHERE}") from error
     except FileExistsError as error:
         raise InputError(f"{path} is a file, so it can't be the run folder: {ELSEWHERE}") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+    except (OSError, NotImplementedError) as error:  # the latter of older versions, for ENOSYS
+        if getattr(error, "errno", errno.ENOSYS) not in CANNOT_LOCK:
             raise cannot_write(path, error) from error
         note(f"{path} can't be locked here: see to it that no other run goes there")
     try:

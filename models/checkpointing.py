@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from models import cpu_batch_norm
 
-CHANNELWISE = {
+CHANNELWISE = (
     nn.BatchNorm2d, nn.ELU, nn.GELU, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.Mish,
     nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
-}  # fmt: skip
+)  # fmt: skip
 """Layers without randomness that can run on some channels alone. A class of your own can join them
 by an attribute `channelwise = True`. Its parameters and buffers have one value a channel."""
 
@@ -96,7 +96,7 @@ def _can_be_split(layers: Sequence[nn.Module]) -> bool:
 
 def _is_unchanged(layer: nn.Module) -> bool:
     """Return whether nobody has given a layer hooks or a forward of its own."""
-    own = vars(layer)
+    own = layer.__dict__  # torch 2.6 compiles no vars(layer)
     return not any(own[name] for name in HOOKS) and "forward" not in own
 
 
@@ -174,9 +174,9 @@ class RecomputedInput(saved_tensors_hooks):
     def __init__(self, x: Tensor, users: int) -> None:
         self.node, self.users = x.grad_fn, users
         self.x, self.left = None, users
-        # x is all that is saved here: each checkpoint saves its inputs under these hooks, and what
-        # is inside under hooks of its own.
-        super().__init__(lambda x: None if self.node else x, self.unpack)
+        # Each checkpoint saves its inputs under these hooks, and what is inside under hooks of its
+        # own. So all that is saved here is x, and in torch 2.6 an empty tensor.
+        super().__init__(lambda x: None if self.node and x.numel() else x, self.unpack)
 
     def unpack(self, kept: Tensor | None) -> Tensor:
         if kept is not None:

@@ -6,6 +6,7 @@ batch, and the training is that of one process but for the order of sums.
 """
 
 import argparse
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,6 +98,7 @@ class DataParallelStrategy(ParallelStrategy):
         Weights and statistics become those of rank 0. Names in the network's state_dict stay.
         """
         super().place(network, options, device)
+        self._broadcast_buffers(network)
         # The weight of a 1x1 convolution and its gradient may differ in the strides of sizes 1.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         for module in network.stage:
@@ -113,7 +115,10 @@ class DataParallelStrategy(ParallelStrategy):
 
     def end(self) -> None:
         """Give all ranks the running statistics of rank 0; without sync_bn they differ."""
-        for module in self.network.stage:
+        self._broadcast_buffers(self.network)
+
+    def _broadcast_buffers(self, network: ContSupNetwork) -> None:
+        for module in network.stage:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -178,8 +183,8 @@ def _wrap_step(module: LocalModule, batch: SharedBatch) -> None:
     The gradients are views into the buffer that DistributedDataParallel keeps, so that they take
     no memory of their own.
     """
-    step = DistributedDataParallel(
-        _Step(module, batch), forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    step = DistributedDataParallel(_Step(module, batch), gradient_as_bucket_view=True, **buffers)
     # A bound method is not registered as a submodule, so the names in the state_dict stay.
     module.forward_and_losses = step.__call__

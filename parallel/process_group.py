@@ -72,7 +72,10 @@ class TorchrunGroup:
         store.set_timeout(ALIVE_TIMEOUT)
         name = rendezvous(store, self.rank, self.size)
         self.store = dist.PrefixStore(name, store)
-        self.heartbeat = Heartbeat(dist.PrefixStore(name, store.clone()), self.rank, self.size)
+        # A connection of its own: on one, a wait of the main thread would hold up the heartbeat.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own = dist.TCPStore(*address, is_master=False, timeout=ALIVE_TIMEOUT)
+        self.heartbeat = Heartbeat(dist.PrefixStore(name, own), self.rank, self.size)
         self.heartbeat.start()
         with self._failures():
             self.device = self._device()
@@ -90,6 +93,9 @@ class TorchrunGroup:
                 raise error
             dist.barrier()  # torchrun would end rank 0, which may have a file to write
         self.heartbeat.stop()
+        # Gloo's threads let go of the barrier's tensor, for which they need Python's lock; torch 2.6
+        # holds that while it waits for the threads to end.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
     @contextlib.contextmanager

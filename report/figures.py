@@ -8,6 +8,7 @@ from itertools import cycle
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -205,13 +206,15 @@ def draw_line(axes: Axes, label: str, points: pd.DataFrame, color: str, with_poi
     """Draw a line with its standard deviations, and the second line if there is one."""
     if points.empty:
         return
-    x, mean, std = points.index, points["mean"], points["std"]
+    x = points.index.to_numpy(float)
+    mean, std = points["mean"].to_numpy(float), points["std"].to_numpy(float)
     marker = "o" if with_points or len(x) == 1 else ""
     axes.plot(x, mean, color=color, marker=marker, markersize=4, label=label)
-    if with_points:
-        axes.errorbar(x, mean, yerr=std, fmt="none", color=color, capsize=3)
-    else:
+    if not with_points:
         axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    elif (several := ~np.isnan(std)).any():
+        some = x[several], mean[several], std[several]
+        axes.errorbar(*some, fmt="none", color=color, capsize=3)
     if "train" in points:
         axes.plot(x, points["train"], color=color, linestyle="--")
 

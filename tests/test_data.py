@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from cli import needs_fake_cuda
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import datasets
@@ -117,6 +118,7 @@ def cuda(monkeypatch):
 def test_a_batch_is_made_on_the_device(name, channels_last, on_device, cuda):
     """On fake CUDA tensors, which raise where an operation mixes devices; no GPU is needed."""
     with FakeTensorMode():
+        needs_fake_cuda()
         split = Split(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
         how = {"channels_last": channels_last, "on_device": on_device}
         device = torch.device("cuda")

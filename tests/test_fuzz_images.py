@@ -9,6 +9,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
+import PIL
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -113,7 +114,7 @@ def palette(draw):
 @st.composite
 def other_colour_spaces(draw):
     first, second, third = draw(colours)
-    if draw(st.booleans()):
+    if draw(st.booleans()) and not PIL.__version__.startswith("12."):  # which can't read its own
         y, cb, cr = first, second - 128, third - 128
         image = Image.new("YCbCr", draw(sizes), (first, second, third))
         rgb = (y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb)

@@ -1,6 +1,7 @@
 """A run of many steps takes no more of the machine at its end than near its beginning."""
 
 import gc
+import operator
 import os
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ def test_no_step_leaves_anything_behind(train_py, monkeypatch):
 
     def step_and_count(*arguments, before_module, **how):
         train_step(*arguments, before_module=before_module, **how)
-        epoch, _ = before_module.args
+        epoch, *_ = before_module.args
         if epoch in seen:
             files = len(list(Path("/proc/self/fd").iterdir()))
             seen[epoch].append((meter.live, *tensors(), files))
@@ -44,7 +45,9 @@ def test_no_step_leaves_anything_behind(train_py, monkeypatch):
     with meter:
         assert train_py(*method, "--checkpoint_every", "2", "--output_dir", "run")[0] == 0
     assert len(seen[2]) == 5
-    assert seen[6] == seen[2]
+    live = {epoch: [bytes_alive for bytes_alive, *_ in steps] for epoch, steps in seen.items()}
+    assert all(map(operator.le, live[6], live[2]))  # less where a cycle has gone, as in Python 3.10
+    assert [rest for _, *rest in seen[6]] == [rest for _, *rest in seen[2]]
     assert len({count for _, count, _, _ in seen[6]}) == 1
     assert {graphs for _, _, graphs, _ in seen[6]} == {graphs_before}
 

@@ -6,7 +6,7 @@ Nets are in float64 where numbers must be the same; then only the order of sums 
 import pytest
 import torch
 import torch._dynamo
-from cli import TINY, metrics_of, summary_of
+from cli import TINY, metrics_of, needs_fake_cuda, summary_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -283,6 +283,7 @@ def test_a_step_stays_on_the_device(monkeypatch, options):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     with FakeTensorMode(), monkeypatch.context() as patch:
+        needs_fake_cuda()
         network, images, targets = fake_net("cuda:1", **options)
         optimizers, totals = make_optimizers(network), Totals(network, images.device)
         pretend_cuda(patch, network)
