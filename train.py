@@ -24,7 +24,7 @@ import torch
 from configs import DATASETS, InputError
 from dataloaders import Batches, ImageData, load_dataset
 from engine.checkpoint import Checkpoint, check_weights, load_weights
-from engine.console import print_network, readable, tolerant_output
+from engine.console import count_of, print_network, readable, tolerant_output
 from engine.device import configure_backends, device_name
 from engine.errors import CannotSave, Diverged, run_script
 from engine.options import build_parser, read_options
@@ -92,7 +92,7 @@ def prepare(argv: list[str], resume: str | None, stack: ExitStack) -> Job | None
         chosen = choose_network(options)  # first: the number of modules may name the folder
     folder = RunFolder(run_folder(options), options)
     if is_auto and folder.is_finished():
-        print(f"{folder.path} is finished: all {options.epochs} epochs are done")
+        print(f"{folder.path} is finished after {count_of(options.epochs, 'epoch')}")
         return None
     stack.enter_context(folder.locked())
     if not is_auto and last_written(options.resume) != before:
@@ -104,6 +104,8 @@ def prepare(argv: list[str], resume: str | None, stack: ExitStack) -> Job | None
         if newest is not None:
             checkpoint = folder.contents[newest]
             options, _ = read_options([*argv, f"--resume={newest}"], checkpoint)
+        else:
+            folder.note_other_epochs()
         chosen = choose_network(options)
     if not folder.prepare(options, checkpoint):
         done = f"{checkpoint.epoch} of {options.epochs} epochs are done"
@@ -139,8 +141,6 @@ def train(job: Job, strategy: Strategy) -> None:
     training = Training(
         network, options, folder, train_batches, test_batches, data.classes, strategy
     )
-    if options.compile:
-        print("the first step compiles each module, which takes a minute or more", flush=True)
     if job.checkpoint is not None:
         training.load(job.checkpoint)
     folder.open(job.checkpoint, device_name(device), strategy.describe())
@@ -177,7 +177,8 @@ def evaluate_checkpoint(job: Job, strategy: Strategy) -> None:
     epoch, step = job.checkpoint.epoch, job.checkpoint.step
     print(f"{job.options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
           f"loss {totals.losses()[-1]:.4f}, {totals.samples} images, "
-          f"after {epoch} epochs" + (f" and {step} steps" if step else ""))  # fmt: skip
+          f"after {count_of(epoch, 'epoch')}"
+          + (f" and {count_of(step, 'step')}" if step else ""))  # fmt: skip
 
 
 def make_network(job: Job, strategy: Strategy) -> tuple[ContSupNetwork, torch.device]:

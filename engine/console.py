@@ -48,6 +48,13 @@ class Progress(tqdm):
         if self.disable:
             print(f"{self.title}  step {step:4}/{self.total}  {text}", flush=True)
 
+    def show_compiling(self, module: int, modules: int) -> None:
+        """Show that this module's step is being compiled; the first of a kind takes long."""
+        text = f"compiling module {module} of 0-{modules - 1}"
+        self.set_postfix_str(text)
+        if self.disable:
+            print(f"{self.title}  {text}", flush=True)
+
 
 class ForgivingStream:
     """A stream that drops its output, after one note, once it cannot be written any more."""
@@ -62,6 +69,9 @@ class ForgivingStream:
 
     def flush(self) -> None:
         self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return bool(getattr(self.stream, "isatty", bool)())
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -92,6 +102,11 @@ def discard(stream: TextIO) -> None:
     """Discard a stream's buffer and further output; else Python fails when it exits."""
     with contextlib.suppress(OSError):  # or it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return "1 epoch", "2 epochs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def note(text: str) -> None:

@@ -28,8 +28,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Exit with status 2."""
         typo = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
-        near = typo and difflib.get_close_matches(typo[1], self._option_string_actions, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        options = {option.lstrip("-"): option for option in self._option_string_actions}
+        near = typo and difflib.get_close_matches(typo[1].lstrip("-"), options, n=1, cutoff=0.7)
+        hint = f" (did you mean {options[near[0]]}?)" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}{hint}\n")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -378,11 +379,11 @@ def read_options(
     Raises:
         InputError: options contradict each other, or the file is no checkpoint.
     """
-    from engine.checkpoint import read_checkpoint  # here, because it imports torch
-
     typed = parse_options(argv)
     file = typed.evaluate or (typed.resume if typed.resume != "auto" else None)
     if file and checkpoint is None:
+        from engine.checkpoint import read_checkpoint  # here, because it imports torch
+
         checkpoint = read_checkpoint(file)
     return complete_options(argv, checkpoint and checkpoint.options), checkpoint
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs import InputError, one_line
 from engine.checkpoint import Checkpoint, Unreadable, read_checkpoint
-from engine.console import note
+from engine.console import count_of, note
 from engine.files import write_json, write_text
 from engine.folder_lock import ELSEWHERE, cannot_write, locked
 from engine.memory import PeakMemory
@@ -178,6 +178,24 @@ class RunFolder:
         summary = _read_json(self.summary)
         return isinstance(summary.get("error_last"), int | float) and self._has_options_of(summary)
 
+    def note_other_epochs(self) -> None:
+        """Note a run beside this new one that differs only in --epochs, and how to go on."""
+        ignored = {*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS, "epochs", "warmup_epochs"}
+        for config in sorted(self.path.parent.glob("*/config.json")):
+            earlier = _read_json(config)
+            checkpoint = config.parent / str(earlier.get("checkpoint", ".")) / "checkpoint.pt"
+            if (
+                earlier
+                and config.parent != self.path
+                and not self._changed(earlier, ignoring=ignored - {"name", "no"})
+                and checkpoint.exists()
+            ):
+                note(
+                    f"this run begins at its start. {config.parent} has the same with --epochs "
+                    f"{earlier.get('epochs')}: to go on from there, --resume {checkpoint} "
+                    f"--output_dir {self.path}"
+                )
+
     def is_planned(self, in_parallel: bool = False) -> bool:
         """Return whether the plan of the same options is here, for several processes if asked."""
         plan = _read_json(self.plan)
@@ -251,6 +269,8 @@ class RunFolder:
             self._write_metrics()
             before = self.environment.read_text() if self.environment.exists() else ""
             write_text(self.environment, before + json.dumps(start) + "\n")
+            if checkpoint is not None and device == "cpu":
+                _compare_threads(before)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.board = Board(self.path, epoch + 1, note)
@@ -340,6 +360,21 @@ def read_metrics(path: Path) -> list[dict]:
 def same_file(a: str | Path | None, b: Path | None) -> bool:
     """Return whether both are there, and one file."""
     return None not in (a, b) and Path(a).exists() and b.exists() and b.samefile(a)
+
+
+def _compare_threads(environment: str) -> None:
+    """Note that a resumed run has another number of threads than before.
+
+    Args:
+        environment: contents of its environment.jsonl, whose last line is of the last start.
+    """
+    with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
+        before, now = json.loads(environment.splitlines()[-1])["threads"], torch.get_num_threads()
+        if before != now:
+            note(
+                f"the run had {count_of(before, 'thread')} and has {now} now, so sums are rounded "
+                f"differently from here on; OMP_NUM_THREADS={before} keeps the bits"
+            )
 
 
 def _kept_options(options: argparse.Namespace) -> dict[str, object]:

@@ -8,8 +8,15 @@ from pathlib import Path
 
 from engine.options import NON_TRAINING_OPTIONS, build_parser, data_name, fill_in
 
-LONGEST_NAME = 200
-"""Bytes of a run folder's name; file systems take 255."""
+LONGEST_NAME = 110
+"""Bytes of a run folder's name."""
+
+SHORT = {
+    "epochs": "ep", "batch_size": "bs", "limit_per_class": "n", "warmup_epochs": "warmup",
+    "aux_net_config": "head", "aux_net_widen": "widen", "aux_net_feature_dim": "dim",
+    "h_reconstruct": "decoder",
+}  # fmt: skip
+"""Options that have a shorter name in that of a run folder."""
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -35,10 +42,11 @@ def run_name(options: argparse.Namespace) -> str:
         named.add("partition")
     if options.partition == "auto" or options.memory_budget or not options.cuts:
         named.add("cuts")  # which were chosen, not typed
+    unusual = (part.partition("-") for part in unusual_options(vars(options), named))
     parts = [
         data_name(vars(options)), f"{options.model}{options.layers}",
         f"K{options.local_module_num}", options.context_mode, options.local_loss_mode,
-        *unusual_options(vars(options), named),
+        *(SHORT.get(option, option) + dash + value for option, dash, value in unusual),
     ]  # fmt: skip
     name = "_".join([*parts, *filter(None, [options.name]), f"no_{options.no}"])
     name = re.sub(r"[^\w.+-]", "-", name)  # one folder, whatever was typed

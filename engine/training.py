@@ -57,6 +57,7 @@ class Training:
         epoch: epochs done.
         totals: sums of the epoch in progress.
         has_checkpoint: whether checkpoint.pt is of this run: written, or continued from.
+        compiling: whether the first step, which compiles, is still to come.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Training:
         )
         self.peak.how += strategy.peak_note
         self.epoch = self.current_module = 0
-        self.has_checkpoint = False
+        self.has_checkpoint, self.compiling = False, options.compile
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
 
@@ -164,8 +165,9 @@ class Training:
                 ):
                     train_step(
                         self.network, self.optimizers, images, targets, totals,
-                        before_module=partial(self.before_module, epoch, step),
+                        before_module=partial(self.before_module, epoch, step, progress),
                     )  # fmt: skip
+                self.compiling = False
                 progress.update()
                 if step == steps or step % self.options.print_freq == 0:
                     self.check_losses(totals)
@@ -177,12 +179,14 @@ class Training:
                 if every and step % every == 0 and step < steps:
                     self.save()
 
-    def before_module(self, epoch: int, step: int, module: LocalModule) -> None:
+    def before_module(self, epoch: int, step: int, progress: Progress, module: LocalModule) -> None:
         """Seed dropout by step and module, so that it is the same wherever a run is resumed.
 
         Without --droprate too: heads and backbones of the user's own may draw numbers.
         """
         self.current_module = module.index
+        if self.compiling:
+            progress.show_compiling(module.index, len(self.network.local_modules))
         part, parts = self.strategy.share
         seeds = (step, module.index, *([part] if parts > 1 else []))
         seed_generators(epoch_seed(self.options.seed, epoch, *seeds), self.device)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from engine import training
@@ -31,6 +32,14 @@ def main(monkeypatch, capsys, *arguments, script=train):
         status = error.code
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def needs_fake_cuda():
+    """Skip a test, in FakeTensorMode, where fake CUDA tensors need a driver, as in torch 2.6."""
+    try:
+        torch.zeros(1).to("cuda")
+    except RuntimeError:
+        pytest.skip("fake CUDA tensors of this version of PyTorch need a CUDA driver")
 
 
 def few_test_images(monkeypatch):

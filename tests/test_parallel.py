@@ -203,7 +203,7 @@ def test_a_signal_during_the_last_evaluation(server):
     assert ended[0].err[-1] == "train.py: note: stopped by SIGTERM; the run is finished"
     assert summary_of(server.folder / "late")["epochs"] == 1
     again = together(server, 2, "late", *how, "--resume", "auto")
-    assert again[0].out[-1] == "late is finished: all 1 epochs are done"
+    assert again[0].out[-1] == "late is finished after 1 epoch"
 
 
 @slow

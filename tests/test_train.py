@@ -306,7 +306,7 @@ def test_auto_starts_continues_and_ends(train_py, earlier_runs):
     assert len(train_py(*method, "--dry_run")[1]) > 1  # a plan all the same
     for file in ("checkpoint.pt", "model_best.pt"):  # a finished run may have lost them
         (folder / file).unlink()
-        assert train_py(*method) == (0, [f"{folder} is finished: all 3 epochs are done"], [])
+        assert train_py(*method) == (0, [f"{folder} is finished after 3 epochs"], [])
 
 
 def test_auto_starts_afresh_before_the_first_checkpoint(train_py, refused, stopped):
@@ -337,7 +337,7 @@ def test_auto_knows_a_finished_run_by_its_cuts(train_py, refused, cuts):
     assert train_py(*method, *cuts)[0] == 0
     for file in ("checkpoint.pt", "model_best.pt"):
         Path("run", file).unlink()
-    assert train_py(*method, *cuts) == (0, ["run is finished: all 1 epochs are done"], [])
+    assert train_py(*method, *cuts) == (0, ["run is finished after 1 epoch"], [])
     before = snapshot("run")
     message = refused(*method, "--cuts", "2,0")
     assert "holds a finished run without a checkpoint" in message
@@ -530,6 +530,10 @@ def test_run_names_differ_with_the_options():
     ]  # fmt: skip
     names = {run_name(options_of(*PUBLISHED, *other.split())) for other in others}
     assert len(names | {usual}) == len(others) + 1
+    ordinary = "--limit_per_class 1000 --epochs 8 --batch_size 128 --lr 0.1 --amp bf16 --compile"
+    name = run_name(options_of(*PUBLISHED, "--seed", "2", *ordinary.split()))
+    assert name == "cifar10_resnet32_K16_E_cross_entropy_amp-bf16_compile_n-1000_ep-8_bs-128_" \
+        "lr-0.1_seed-2_no_1"  # fmt: skip
     for equal in (["--balanced_memory"], ["--partition", "balanced"]):  # at K=16 they are
         assert run_name(options_of(*PUBLISHED, *equal)) == usual
 
