@@ -93,8 +93,8 @@ class TorchrunGroup:
                 raise error
             dist.barrier()  # torchrun would end rank 0, which may have a file to write
         self.heartbeat.stop()
-        # Gloo's threads let go of the barrier's tensor, for which they need Python's lock; torch 2.6
-        # holds that while it waits for the threads to end.
+        # A thread of Gloo's lets go of the barrier's tensor and needs Python's lock for that. torch
+        # 2.6 holds it while it waits for the thread to end.
         time.sleep(0.1)
         dist.destroy_process_group()
 

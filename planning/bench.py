@@ -10,9 +10,38 @@ a row of several processes that share the modules.
 """
 
 from engine.errors import start_script
+from engine.options import Parser, integer_between
 
-if __name__ == "__main__":
-    start_script(lambda argv: None)  # before the imports that take seconds
+PLAIN = (
+    "--no-channels_last --amp off --compile False --context_group 0 --recompute False "
+    "--cudnn_benchmark False --tf32 False --data_on_device False --keep_heap False"
+)
+"""Options of the first row, after those that are given."""
+
+
+# fmt: off
+def build_parser() -> Parser:
+    """Return the parser of the bench's own options; all others are train.py's."""
+    parser = Parser(
+        prog="bench", allow_abbrev=False,
+        description="Time training steps and the loader for options of train.py.",
+        epilog="All other options are those of train.py. The first row is plain: the same with "
+        f"{PLAIN}.")
+    add = parser.add_argument
+    add("--versus", action="append", default=[], metavar="OPTIONS",
+        help='--versus="...": options of train.py to add in one more row; may be repeated')
+    add("--steps", type=integer_between(1), default=10, metavar="N",
+        help="timed steps of each row (default: 10)")
+    add("--nproc", type=integer_between(2), metavar="P",
+        help="leave plain out; add a row of P processes with --parallel modules. On the CPU each "
+        "process of any row then has one thread, unless OMP_NUM_THREADS is set")
+    add("--json", action="store_true", help="print a list of JSON objects, one for each row")
+    return parser
+# fmt: on
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    start_script(lambda argv: build_parser().parse_known_args(argv))
 
 import argparse
 import json
@@ -37,19 +66,13 @@ from engine.console import MIB
 from engine.device import configure_backends, device_name, wait_for
 from engine.errors import ConnectionLost, PeerFailed
 from engine.memory import PeakMemory
-from engine.options import Parser, integer_between, read_options
 from engine.options import build_parser as build_train_parser
+from engine.options import read_options
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
 from models.torch_internals import compile_errors
 from parallel.launch import make_strategy
 from planning.dry_run import choose_network
-
-PLAIN = (
-    "--no-channels_last --amp off --compile False --context_group 0 --recompute False "
-    "--cudnn_benchmark False --tf32 False --data_on_device False --keep_heap False"
-)
-"""Options of the first row, after those that are given."""
 
 WARM_UP = 4
 """Steps that are not timed; the memory meter watches them."""
@@ -223,27 +246,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"{row['options']:{width}}  {row['samples_per_second']:9.0f}  {row['step_ms']:9.1f}  "
               f"{spread:>15}  {row['speedup']:7.2f}  {ratios:>13}  "
               f"{row['loader_samples_per_second']:17,.0f}  {peaks:>8}")  # fmt: skip
-
-
-# fmt: off
-def build_parser() -> Parser:
-    """Return the parser of the bench's own options; all others are train.py's."""
-    parser = Parser(
-        prog="bench", allow_abbrev=False,
-        description="Time training steps and the loader for options of train.py.",
-        epilog="All other options are those of train.py. The first row is plain: the same with "
-        f"{PLAIN}.")
-    add = parser.add_argument
-    add("--versus", action="append", default=[], metavar="OPTIONS",
-        help='--versus="...": options of train.py to add in one more row; may be repeated')
-    add("--steps", type=integer_between(1), default=10, metavar="N",
-        help="timed steps of each row (default: 10)")
-    add("--nproc", type=integer_between(2), metavar="P",
-        help="leave plain out; add a row of P processes with --parallel modules. On the CPU each "
-        "process of any row then has one thread, unless OMP_NUM_THREADS is set")
-    add("--json", action="store_true", help="print a list of JSON objects, one for each row")
-    return parser
-# fmt: on
 
 
 def make_rows(own: argparse.Namespace, argv: list[str]) -> Iterator[Row]:

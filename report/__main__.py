@@ -2,10 +2,28 @@
 
 import os
 
-from engine.signals import INTERRUPTS
+from engine import options
+from engine.errors import start_script
+
+
+def build_parser() -> options.Parser:
+    """Return the parser of the command line."""
+    parser = options.Parser(
+        prog="report",
+        description="The paper's tables and figures, from the summaries and plans of runs.",
+        formatter_class=options.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=options.path, help="folders with run folders")
+    parser.add_argument(
+        "--output_dir", type=options.path, default="results", metavar="DIR",
+        help="where the tables and figures go; files with the same names are replaced",
+    )  # fmt: skip
+    return parser
+
 
 if __name__ == "__main__":  # before the imports that take seconds
-    INTERRUPTS.install()
+    start_script(lambda argv: build_parser().parse_args(argv))
     # Only files are drawn, and matplotlib refuses a notebook's backend where it is not installed.
     os.environ.pop("MPLBACKEND", None)
 
@@ -14,7 +32,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import InputError, one_line
-from engine import options
 from engine.files import write_text
 from report import tables
 from report.figures import write_figures
@@ -52,18 +69,7 @@ def write_report(roots: Sequence[Path], folder: Path) -> tuple[list[Path], list[
 
 def main() -> int:
     """Run the command line; return the exit status, 0 or 2 for bad input."""
-    parser = options.Parser(
-        prog="report",
-        description="The paper's tables and figures, from the summaries and plans of runs.",
-        formatter_class=options.HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", type=options.path, help="folders with run folders")
-    parser.add_argument(
-        "--output_dir", type=options.path, default="results", metavar="DIR",
-        help="where the tables and figures go; files with the same names are replaced",
-    )  # fmt: skip
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     try:
         written, notes = write_report([*map(Path, arguments.runs)], Path(arguments.output_dir))
     except InputError as error:

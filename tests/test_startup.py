@@ -60,6 +60,13 @@ def test_help_and_wrong_options_need_no_torch(arguments, status, says):
     assert says in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("module", ["planning.bench", "report"])
+def test_help_of_the_others_needs_no_torch(module):
+    code = NO_TORCH.replace("run_path({script!r},", "run_module({script!r}, alter_sys=True,")
+    done = python(code.format(argv=["x", "--help"], script=module), PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout[:6], done.stderr) == (0, "usage:", "")
+
+
 def test_a_closed_reader_of_the_help_is_no_traceback():
     done = subprocess.run(
         f"{sys.executable} {ROOT / 'train.py'} --help | head -1",
