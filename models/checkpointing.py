@@ -51,7 +51,8 @@ def encode_in_groups(
         source: (N, C_in, H, W).
         group: output channels that are computed at a time, at least 1.
     """
-    last_conv = max((i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d)), default=0)
+    convs = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    last_conv = convs[-1] if convs else 0
     first, last = layers[:last_conv], layers[last_conv:]
     if not _can_be_split(last) or last[0].out_channels <= group:
         return _checkpoint(lambda x: pool(_run(layers, x)), source, layers)

@@ -11,12 +11,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from configs import DATASETS, Cut
+from configs import DATASETS, Cut, InputError
 from losses import TaskLoss, reconstruction_loss
 from models.auxiliary import Decoder
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
-from models.torch_internals import raise_recompile_limits
+from models.torch_internals import COMPILES_CHECKPOINTS, raise_recompile_limits
 
 
 class LocalModule(nn.Module):
@@ -194,8 +194,14 @@ class ContSupNetwork(nn.Module):
         """Compile the training steps of the stage's modules and their encoders.
 
         Identical ones share their code. A graph break is an error. Each batch size has code of its
-        own: see `eagerly`.
+        own: see `eagerly`. Raises InputError where this version of PyTorch can't.
         """
+        groups = any(module.context.group for module in self.stage if len(module.context))
+        if not COMPILES_CHECKPOINTS and (groups or any(m.recompute for m in self.stage)):
+            raise InputError(
+                "--compile needs PyTorch 2.9 or later where layers are recomputed, and this is "
+                f"{torch.__version__}: leave it out, or give --context_group 0 and no --recompute"
+            )
         self.compiled = True
         kinds = sum(1 + len(module.context) for module in self.stage)  # at most
         raise_recompile_limits(kinds)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "COMPILES_CHECKPOINTS",
     "FakeTensorMode",
     "TorchDispatchMode",
     "compile_errors",
@@ -15,6 +16,10 @@ __all__ = [
     "keep_graphs_whole",
     "raise_recompile_limits",
 ]
+
+
+COMPILES_CHECKPOINTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+"""Whether compiled code that recomputes layers moves BatchNorm's statistics once a step."""
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

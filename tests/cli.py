@@ -14,6 +14,7 @@ from engine import training
 from engine.checkpoint import read_checkpoint
 from engine.errors import exit_status
 from engine.signals import INTERRUPTS
+from models.torch_internals import COMPILES_CHECKPOINTS
 
 TINY_NET = [
     "--dataset", "digits", "--limit_per_class", "2", "--layers", "8",
@@ -32,6 +33,11 @@ def main(monkeypatch, capsys, *arguments, script=train):
         status = error.code
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+needs_compiled_checkpoints = pytest.mark.skipif(
+    not COMPILES_CHECKPOINTS, reason="this version of PyTorch compiles no recomputed layers"
+)
 
 
 def needs_fake_cuda():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from cli import needs_compiled_checkpoints
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -276,6 +277,7 @@ def test_each_layer_runs_twice_in_a_step(kind, monkeypatch):
     assert sum(channels) == 2 * sum(m.out_channels for m in encoder if hasattr(m, "out_channels"))
 
 
+@needs_compiled_checkpoints
 def test_compiled_code_recomputes_too():
     """The backward's code has the convs of the forward's, and is given no maps."""
     convs, given = [], []

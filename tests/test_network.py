@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cli import needs_compiled_checkpoints
 from torch import nn
 
 import losses
@@ -257,6 +258,7 @@ def test_published_loss_scales_of_balanced_cuts_that_are_the_equal_ones():
     assert scales == [(5, 0.05, 0.2, 0.5)] * 2
 
 
+@needs_compiled_checkpoints
 def test_an_encoder_with_a_forward_of_its_own_is_compiled_with_it(monkeypatch):
     class Doubled(ImageEncoder):
         def forward(self, *arguments):

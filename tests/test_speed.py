@@ -6,15 +6,17 @@ Nets are in float64 where numbers must be the same; then only the order of sums 
 import pytest
 import torch
 import torch._dynamo
-from cli import TINY, metrics_of, needs_fake_cuda, summary_of
+from cli import TINY, metrics_of, needs_compiled_checkpoints, needs_fake_cuda, summary_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs import InputError
 from engine.device import memory_format, move_to_device
 from engine.step import Totals, evaluate, make_optimizers, train_step
 from models import ContSupNetwork, build_network
+from models import network as network_module
 
 CPU = torch.device("cpu")
 DECODERS = {"h_reconstruct": True, "loss_scale": (1, 1, 1, 1)}
@@ -148,6 +150,7 @@ def test_identical_modules_share_their_code(options, kinds):
         assert graphs() == kinds
 
 
+@needs_compiled_checkpoints
 def test_evaluation_compiles_nothing():
     compiled, eager = (make(torch.float32, context_mode="R1E") for _ in range(2))
     compiled.compile_steps("eager")
@@ -155,6 +158,16 @@ def test_evaluation_compiles_nothing():
     found = [evaluate(network, batches, CPU).losses() for network in (compiled, eager)]
     assert graphs() == 0
     assert_same(*found, 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"context_mode": "E"}, {"recompute": True}], ids=str)
+def test_a_version_that_compiles_no_checkpoints_refuses_them(monkeypatch, options):
+    """Its compiled code would move BatchNorm's statistics twice a step."""
+    monkeypatch.setattr(network_module, "COMPILES_CHECKPOINTS", False)
+    with pytest.raises(InputError, match="--compile needs PyTorch .* where layers are recomputed"):
+        make(**{"context_mode": "R0"} | options).compile_steps()
+    for allowed in ({"context_mode": "E", "context_group": 0}, {"context_mode": "R0"}):
+        make(**allowed).compile_steps("eager")
 
 
 # --amp
