@@ -164,7 +164,7 @@ def test_evaluation_compiles_nothing():
 def test_a_version_that_compiles_no_checkpoints_refuses_them(monkeypatch, options):
     """Its compiled code would move BatchNorm's statistics twice a step."""
     monkeypatch.setattr(network_module, "COMPILES_CHECKPOINTS", False)
-    with pytest.raises(InputError, match="--compile needs PyTorch .* where layers are recomputed"):
+    with pytest.raises(InputError, match=r"--compile needs PyTorch .* where layers are recomputed"):
         make(**{"context_mode": "R0"} | options).compile_steps()
     for allowed in ({"context_mode": "E", "context_group": 0}, {"context_mode": "R0"}):
         make(**allowed).compile_steps("eager")
