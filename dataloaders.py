@@ -177,7 +177,8 @@ def fingerprint(data: ImageData) -> dict[str, dict[str, Any]]:
         name: {
             "images": split.targets.bincount(minlength=len(data.classes)).tolist(),
             "crc32": zlib.crc32(
-                split.targets.numpy(), zlib.crc32(split.images.contiguous().numpy())
+                split.targets.contiguous().numpy(),
+                zlib.crc32(split.images.contiguous().numpy()),
             ),
         }
         for name, split in splits.items()

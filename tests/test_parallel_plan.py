@@ -41,7 +41,7 @@ def plan_of(arguments, nproc, ranges=None):
     """Return the plan of each number of processes: 100 images, at 10^12 FLOPs a second."""
     options = argparse.Namespace(
         local_module_num=arguments["local_module_num"], nproc=nproc, module_ranges=ranges,
-        batch_size=BATCH, device_tflops=1, dataset="folder", data_dir="", limit_per_class=None,
+        batch_size=BATCH, device_tflops=1, dataset="folder", data_dir="", limit_per_class=None, val_fraction=None,
     )  # fmt: skip
     with mock.patch.object(pipeline_plan, "count_images", return_value=100):
         return make_parallel_plan(options, make_plan(arguments, BATCH), arguments).plans
