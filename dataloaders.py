@@ -439,7 +439,9 @@ def _why_left_out(path: Path) -> str | None:
         return "hidden"
     if path.is_dir():
         return "folders in that of a class"
-    return None if is_image_file(path.name) else f"*{path.suffix.lower()}"
+    if is_image_file(path.name):
+        return None
+    return f"*{path.suffix.lower()}" if path.suffix else "without a suffix"
 
 
 def _decode(
