@@ -160,7 +160,7 @@ def _divide(targets: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     """
     try:
         rows = train_test_split(
-            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets
+            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets.numpy()
         )
     except ValueError as error:
         raise _input_error(

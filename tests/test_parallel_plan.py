@@ -160,7 +160,7 @@ def test_training_images_are_those_that_are_loaded(tmp_path):
         for index in range(count):
             Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
     assert [count_images("folder", tmp_path, limit) for limit in (None, 4)] == [8, 7]
-    for fraction in (0.1, 0.25, 0.33):
+    for fraction in (0.15, 0.25, 0.33):
         data = load_dataset("digits", "nowhere", 32, 7, val_fraction=fraction)
         assert count_images("digits", "nowhere", 7, fraction) == len(data.train.targets)
 
