@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from configs import one_line
-from dataloaders import ImageData
 from engine.memory import readable
 from models import ContSupNetwork
+
+if TYPE_CHECKING:  # options are checked before torch is imported
+    from dataloaders import ImageData
 
 T = TypeVar("T")
 
@@ -143,7 +145,7 @@ def print_network(network: ContSupNetwork, options: argparse.Namespace) -> None:
     print("parameters:", ", ".join(counts), flush=True)
 
 
-def print_data(data: ImageData) -> None:
+def print_data(data: "ImageData") -> None:
     """Print how many images and classes were read, in a line; notes go to stderr."""
     splits = {"training": data.train, "validation": data.val, "test": data.test}
     counts = {name: len(split.targets) for name, split in splits.items() if split is not None}
