@@ -57,7 +57,7 @@ def watched(things: Iterable[T], title: str, total: int) -> Iterator[T]:
         title: what is being done.
         total: number of things.
     """
-    if sys.stdout.isatty():
+    if getattr(sys.stdout, "isatty", bool)():
         yield from tqdm(things, title, total, leave=False, file=sys.stdout)
         return
     shown = time.monotonic()
