@@ -5,20 +5,26 @@ bytes to the device and pads, crops, flips and normalises each batch there. Copi
 overlap with the computation on the batch before.
 """
 
+import contextlib
+import math
 import os
+import sys
 import tarfile
+import unicodedata
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -36,11 +42,28 @@ class Split(NamedTuple):
 
 
 class ImageData(NamedTuple):
-    """A data set: both splits, and the names of the classes in the order of their indices."""
+    """A data set.
+
+    Attributes:
+        classes: names, in the order of their indices.
+        val: the validation split, if there is one.
+        notes: what the user should know of how it was read, in lines.
+    """
 
     train: Split
     test: Split
     classes: list[str]
+    val: Split | None = None
+    notes: Sequence[str] = ()
+
+
+Watch = Callable[[Iterable, str, int], Iterable]
+"""(things, what is done with them, how many) -> the things; it shows how many are done."""
+
+
+def unwatched(things: Iterable, title: str, total: int) -> Iterable:
+    """Return the things; show nothing."""
+    return things
 
 
 # ---------------------------------------------------------------------------------------------
@@ -53,6 +76,11 @@ def load_dataset(
     image_size: int,
     limit_per_class: int | None = None,
     test_only: bool = False,
+    *,
+    limit_test: int | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    watch: Watch = unwatched,
 ) -> ImageData:
     """Read a data set; download it first if it is not there and torchvision can.
 
@@ -61,18 +89,30 @@ def load_dataset(
         data_dir: where the files are, or go.
         image_size: side to which the images of `folder` are resized.
         limit_per_class: keep the first so many training images of each class, in file order.
-        test_only: do not read the training images of `folder`; its training split is empty.
+        test_only: do not read the training images of `folder`; its training split is empty. There
+            is no validation split.
+        limit_test: keep so many test images, as `spread_over_classes` chooses them.
+        val_fraction: part of the training images that is kept, to make a validation split of them.
+        seed: which images that part has.
+        watch: shows progress while the images of `folder` are read.
     Raises:
-        InputError: the data cannot be downloaded or read.
+        InputError: the data cannot be downloaded, read, or divided.
     """
     data_dir = Path(data_dir)
     if name == "folder":
-        return _folder(data_dir, image_size, limit_per_class, test_only)
-    check_image_size(name, image_size)
-    read = DATASETS[name].read or READERS[name]
-    data = read(data_dir)
-    kept = first_of_each_class(data.train.targets, limit_per_class)
-    return data._replace(train=Split(data.train.images[kept], data.train.targets[kept]))
+        data = _folder(data_dir, image_size, limit_per_class, limit_test, test_only, watch)
+    else:
+        check_image_size(name, image_size)
+        read = DATASETS[name].read or READERS[name]
+        data = read(data_dir)
+        data = data._replace(
+            train=_rows(data.train, first_of_each_class(data.train.targets, limit_per_class)),
+            test=_rows(data.test, spread_over_classes(data.test.targets, limit_test)),
+        )
+    if val_fraction is None or test_only:
+        return data
+    kept, held_out = _divide(data.train.targets, val_fraction, seed)
+    return data._replace(train=_rows(data.train, kept), val=_rows(data.train, held_out))
 
 
 def check_image_size(name: str, image_size: int) -> None:
@@ -86,8 +126,82 @@ def first_of_each_class(targets: Tensor, limit: int | None) -> Tensor:
     """Return the indices, ascending, of the first `limit` samples of each class; None for all."""
     if limit is None:
         return torch.arange(len(targets))
-    kept = [(targets == c).nonzero().flatten()[:limit] for c in targets.unique()]
-    return torch.cat(kept).sort().values
+    return (_places(targets) < limit).nonzero().flatten()
+
+
+def spread_over_classes(targets: Tensor, count: int | None) -> Tensor:
+    """Return the indices, ascending, of `count` samples; None for all.
+
+    They are the first of each class, as many of each as there are, and one more of the first
+    classes where `count` does not divide by them.
+    """
+    if count is None:
+        return torch.arange(len(targets))
+    order = _places(targets) * len(targets.bincount()) + targets
+    return order.argsort()[:count].sort().values
+
+
+def _places(targets: Tensor) -> Tensor:
+    """Return for each sample how many samples of its class come before it, (N,) int64."""
+    order, counts = targets.argsort(stable=True), targets.bincount()
+    places = torch.empty_like(targets)
+    places[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
+    return places
+
+
+def _rows(split: Split, rows: Tensor) -> Split:
+    return Split(split.images[rows], split.targets[rows])
+
+
+def _divide(targets: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the indices, ascending, of the samples to train on, and of the `fraction` to hold out.
+
+    Both have the classes in the same proportions. Raises InputError where they cannot have.
+    """
+    try:
+        rows = train_test_split(
+            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets.numpy()
+        )
+    except ValueError as error:
+        raise _input_error(
+            f"val_fraction {fraction} of {len(targets)} training images makes no validation split "
+            f"with images of each class: {one_line(error)}"
+        ) from error
+    return tuple(torch.from_numpy(np.sort(part)) for part in rows)
+
+
+def fingerprint(data: ImageData) -> dict[str, dict[str, Any]]:
+    """Return `images`, the number of each class, and `crc32` of pixels and targets, by split."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {
+        name: {
+            "images": split.targets.bincount(minlength=len(data.classes)).tolist(),
+            "crc32": zlib.crc32(
+                split.targets.contiguous().numpy(),
+                zlib.crc32(split.images.contiguous().numpy()),
+            ),
+        }
+        for name, split in splits.items()
+        if split is not None
+    }
+
+
+def changes(
+    before: Mapping[str, Mapping], now: Mapping[str, Mapping], classes: Sequence[str]
+) -> dict[str, str]:
+    """Return in words how the splits that two fingerprints both have differ, by split."""
+    found = {}
+    for split in [name for name in now if name in before and before[name] != now[name]]:
+        old, new = before[split]["images"], now[split]["images"]
+        of_class = zip(classes, old, new, strict=False)
+        differ = [f"{printable(c)} {n}, now {m}" for c, n, m in of_class if n != m]
+        more = f" and {len(differ) - 5} more classes" if len(differ) > 5 else ""
+        found[split] = (
+            f"{sum(old):,} before, now {sum(new):,} ({'; '.join(differ[:5])}{more})" if differ
+            else "as many of each class, but their pixels or their order differ (other files, or "
+            "another version of Pillow)"
+        )  # fmt: skip
+    return found
 
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -128,26 +242,69 @@ def _read_split(name: str, root: Path, train: bool, download: bool) -> tuple[Spl
 def _download(name: str, data_dir: Path) -> ImageData:
     """Return a data set of torchvision; raise InputError if it cannot be downloaded or read.
 
-    A Python that cannot extract archives safely only reads files that are there already.
+    A Python that cannot extract archives safely only reads files that are there already. Of several
+    processes one downloads, and the others wait for it.
     """
+    root = data_dir.absolute()  # torchvision would expand a leading ~
+
+    def read(download: bool) -> ImageData:
+        (train, classes), (test, _) = (
+            _read_split(name, root, part, download) for part in (True, False)
+        )
+        return ImageData(train, test, classes)
+
     can_extract = hasattr(tarfile, "data_filter")
     before = vars(tarfile.TarFile).get("extraction_filter")
     tarfile.TarFile.extraction_filter = staticmethod(_safe_filter)
     try:
-        root = data_dir.absolute()  # torchvision would expand a leading ~
-        (train, classes), (test, _) = (
-            _read_split(name, root, part, can_extract) for part in (True, False)
-        )
+        try:
+            return read(download=False)
+        except Exception:
+            if not can_extract:
+                raise
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{name}.lock"):
+            return read(download=True)
     except Exception as error:  # these libraries do not document what they raise
         remedy = "check the network" if can_extract else "take Python 3.11.4 or later to extract it"
         raise _input_error(
             f"{name} is not in {data_dir} and could not be downloaded and read "
-            f"({one_line(error)}); {remedy}, or put the files there by hand and give their folder "
-            "as data_dir"
+            f"({one_line(error)}); {remedy}, or put {_files_of(name)} into a folder by hand and "
+            "name that folder with --data_dir"
         ) from error
     finally:
         tarfile.TarFile.extraction_filter = before
-    return ImageData(train, test, classes)
+
+
+def _files_of(name: str) -> str:
+    """Return which files of a data set of torchvision belong into `data_dir`, and their source."""
+    dataset = getattr(datasets, name.upper())
+    if name == "svhn":
+        (url, train, _), (_, test, _) = (dataset.split_list[part] for part in ("train", "test"))
+        return f"{train} and {test} (from {os.path.dirname(url)})"
+    return f"{dataset.base_folder}/ (extracted from {dataset.url})"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock a file, which stays; wait while another process holds it.
+
+    The system gives up the lock of a process that dies.
+    """
+    from filelock import FileLock, Timeout  # here, because only a download needs it
+
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process, which has {path}", file=sys.stderr, flush=True)
+            lock.acquire()
+        except NotImplementedError:  # the file system has no locks: as good as alone
+            pass
+        yield
+    finally:
+        lock.release()
 
 
 def _safe_filter(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
@@ -177,17 +334,30 @@ READERS: dict[str, Callable[[Path], ImageData]] = {
 
 
 def _folder(
-    data_dir: Path, image_size: int, limit_per_class: int | None, test_only: bool
+    data_dir: Path,
+    image_size: int,
+    limit_per_class: int | None,
+    limit_test: int | None,
+    test_only: bool,
+    watch: Watch,
 ) -> ImageData:
-    test = _list_images(data_dir / "test")
-    train = _list_images(data_dir / "train") if not test_only else {name: [] for name in test}
+    test, notes = _list_images(data_dir / "test")
+    train: dict[str, list[Path]] = {name: [] for name in test}
+    if not test_only:
+        train, more_notes = _list_images(data_dir / "train")
+        notes = more_notes + notes
     if differ := sorted(train.keys() ^ test.keys()):
         raise _input_error(
             f"train and test in {data_dir} must have the same classes, but only one of them has "
             f"{', '.join(differ)}"
         )
-    train = {name: paths[:limit_per_class] for name, paths in train.items()}
-    return ImageData(_decode(train, image_size), _decode(test, image_size), list(test))
+    return ImageData(
+        _decode("training", train, partial(first_of_each_class, limit=limit_per_class),
+                image_size, watch),
+        _decode("test", test, partial(spread_over_classes, count=limit_test), image_size, watch),
+        list(test),
+        notes=notes,
+    )  # fmt: skip
 
 
 def count_classes(data_dir: str | Path, part: str = "train") -> int:
@@ -195,29 +365,58 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
     Raises InputError if there are none, or one has no images.
     """
-    return len(_list_images(Path(data_dir) / part))
+    return len(_list_images(Path(data_dir) / part)[0])
 
 
-def count_images(name: str, data_dir: str | Path, limit_per_class: int | None = None) -> int:
+def count_images(
+    name: str,
+    data_dir: str | Path,
+    limit_per_class: int | None = None,
+    val_fraction: float | None = None,
+) -> int:
     """Return the number of training images that `load_dataset` returns, without reading them."""
     counts = DATASETS[name].per_class or [
-        len(paths) for paths in _list_images(Path(data_dir) / "train").values()
+        len(paths) for paths in _list_images(Path(data_dir) / "train")[0].values()
     ]
-    return sum(min(count, limit_per_class or count) for count in counts)
+    count = sum(min(count, limit_per_class or count) for count in counts)
+    return count - math.ceil(count * (val_fraction or 0))  # as train_test_split rounds
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, sorted by name. Links are followed.
+def _list_images(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the image files of each class, sorted by name, and a line on what is left out, if any.
+
+    Links are followed. Names of classes are in Unicode's normal form C: systems and archives differ
+    in the form of the same name.
 
     Hidden files and folders are left out: desktops and notebooks make them (._0.jpg,
     .ipynb_checkpoints). So are folders in that of a class: torchvision's make_dataset would walk
     through them, and never end where links lead in circles.
 
-    Raises InputError if there are no classes, or one has no images.
+    Raises InputError if there are no classes, one has no images, or two have the same name.
     """
     try:
-        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-        files = {name: sorted(filter(_is_image, (folder / name).iterdir())) for name in classes}
+        folders = find_classes(folder)[0]
+        left_out = Counter(
+            "hidden" if name.startswith(".") else "outside the folders of classes"
+            for name in os.listdir(folder)
+            if name.startswith(".") or name not in folders
+        )
+        files: dict[str, list[Path]] = {}
+        for name in folders:
+            if name.startswith("."):
+                continue
+            label = unicodedata.normalize("NFC", name)
+            if label in files:
+                raise _input_error(
+                    f"two folders in {folder} have the same name, {label}, in two normal forms of "
+                    "Unicode: put their images into one of them"
+                )
+            files[label] = []
+            for path in sorted((folder / name).iterdir()):
+                if reason := _why_left_out(path):
+                    left_out[reason] += 1
+                else:
+                    files[label].append(path)
         if not files or not all(files.values()):
             empty = [name for name, paths in files.items() if not paths]
             raise FileNotFoundError(f"there is no image of {', '.join(empty) or 'any class'}")
@@ -226,16 +425,38 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
             f"cannot read the images in {folder}: {one_line(error)}; data_dir must hold "
             "train/<class>/* and test/<class>/*"
         ) from error
-    return files
+    notes = []
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(8))
+        more = ", ..." if len(left_out) > 8 else ""
+        notes.append(printable(f"left out of {folder}: {left_out.total()} ({reasons}{more})"))
+    return dict(sorted(files.items())), notes
 
 
-def _is_image(path: Path) -> bool:
-    return is_image_file(path.name) and not path.name.startswith(".") and not path.is_dir()
+def _why_left_out(path: Path) -> str | None:
+    """Return why a file in a class's folder is not read; None for an image."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "folders in that of a class"
+    if is_image_file(path.name):
+        return None
+    return f"*{path.suffix.lower()}" if path.suffix else "without a suffix"
 
 
-def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
-    paths = [path for of_class in files.values() for path in of_class]
-    targets = [index for index, of_class in enumerate(files.values()) for _ in of_class]
+def _decode(
+    what: str,
+    files: dict[str, list[Path]],
+    choose: Callable[[Tensor], Tensor],
+    image_size: int,
+    watch: Watch,
+) -> Split:
+    """Return the images of each class in `files` whose indices `choose` returns for the targets."""
+    of_classes = enumerate(files.values())
+    every = [(path, index) for index, of_class in of_classes for path in of_class]
+    targets = torch.tensor([index for _, index in every], dtype=torch.int64)
+    kept = choose(targets)
+    paths = [every[i][0] for i in kept.tolist()]
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
 
     def decode_into(index: int) -> None:
@@ -247,14 +468,17 @@ def _decode(files: dict[str, list[Path]], image_size: int) -> Split:
     with warnings.catch_warnings(), ThreadPool(len(available(0))) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what cannot be read is an error below
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        pool.map(decode_into, range(len(paths)), chunksize=64)
-    return Split(images, torch.tensor(targets, dtype=torch.int64))
+        decoded = pool.imap(decode_into, range(len(paths)), chunksize=64)
+        for _ in watch(decoded, f"reading {what} images", len(paths)):
+            pass
+    return Split(images, targets[kept])
 
 
 def _decode_image(path: Path, image_size: int) -> Tensor:
     """Return an image as (3, image_size, image_size) uint8 RGB; resizing may change its aspect.
 
-    Only the first of several frames is read. Transparency is dropped, colours stay.
+    It is turned as its EXIF says. Only the first of several frames is read. Transparency is
+    dropped, colours stay.
     """
     try:
         if not path.is_file():  # reading a pipe may never end
@@ -262,6 +486,9 @@ def _decode_image(path: Path, image_size: int) -> Tensor:
         with Image.open(path) as image:
             if image.format == "EPS":  # with any suffix; Pillow would run Ghostscript
                 raise ValueError("it is PostScript, a program; convert it")
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+                ImageOps.exif_transpose(image, in_place=True)
             image = _eight_bits(image).convert("RGB")
         if image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)

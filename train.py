@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from configs import DATASETS, InputError
-from dataloaders import Batches, ImageData, load_dataset
+from dataloaders import Batches, ImageData, fingerprint, load_dataset
 from engine.checkpoint import Checkpoint, check_weights, load_weights
-from engine.console import count_of, print_network, readable, tolerant_output
+from engine.console import count_of, print_data, print_network, readable, tolerant_output, watched
 from engine.device import configure_backends, device_name
 from engine.errors import CannotSave, Diverged, run_script
 from engine.options import build_parser, read_options
@@ -135,12 +135,13 @@ def train(job: Job, strategy: Strategy) -> None:
     make_batches = batches_of(options, device, strategy)
     test_batches = make_batches(data.test)
     train_batches = make_batches(data.train, augment=not options.no_augment, shuffle=True)
-    if options.data_on_device:
-        kept = train_batches.device_bytes + test_batches.device_bytes
-        print(f"images on the device: {readable(kept)}, not in the peak below", flush=True)
     training = Training(
-        network, options, folder, train_batches, test_batches, data.classes, strategy
-    )
+        network, options, folder, train_batches, test_batches, data.classes, strategy,
+        val_batches=data.val and make_batches(data.val), data=fingerprint(data),
+    )  # fmt: skip
+    if options.data_on_device:
+        kept = readable(training.data_bytes)
+        print(f"images on the device: {kept}, not in the peak below", flush=True)
     if job.checkpoint is not None:
         training.load(job.checkpoint)
     folder.open(job.checkpoint, device_name(device), strategy.describe())
@@ -172,7 +173,7 @@ def evaluate_checkpoint(job: Job, strategy: Strategy) -> None:
     """Print the test error of a checkpoint."""
     network, device = make_network(job, strategy)
     test_batches = batches_of(job.options, device, strategy)(load_data(job, strategy).test)
-    batches = strategy.batches(test_batches, 0)
+    batches = watched(strategy.batches(test_batches, 0), "evaluating, batch", len(test_batches))
     totals = strategy.merge_totals(evaluate(network, batches, device))
     epoch, step = job.checkpoint.epoch, job.checkpoint.step
     print(f"{job.options.evaluate}: test error {totals.errors()[-1]:.2f} %, "
@@ -204,9 +205,12 @@ def load_data(job: Job, strategy: Strategy) -> ImageData:
     data = strategy.load_data(
         lambda: load_dataset(
             options.dataset, options.data_dir, options.image_size, options.limit_per_class,
-            test_only=bool(options.evaluate),
+            test_only=bool(options.evaluate), limit_test=options.limit_test,
+            val_fraction=options.val_fraction, seed=options.seed, watch=watched,
         )
     )  # fmt: skip
+    if strategy.is_first:
+        print_data(data)
     if checkpoint is not None and checkpoint.classes not in ([], data.classes):
         raise InputError(
             f"{options.resume or options.evaluate} was trained on other classes "

@@ -43,6 +43,7 @@ class Checkpoint(NamedTuple):
         totals: `Totals.state` of the epoch in progress; empty between two epochs.
         history: the metrics of the epochs done, a dict each, as in metrics.jsonl.
         peak: `PeakMemory.state`.
+        data: `dataloaders.fingerprint` of the images.
     """
 
     epoch: int
@@ -55,6 +56,7 @@ class Checkpoint(NamedTuple):
     totals: Mapping[str, Tensor | int] = {}
     history: Sequence[dict] = ()
     peak: Mapping[str, int | str] = {}
+    data: Mapping[str, Mapping] = {}
 
     @property
     def step(self) -> int:
@@ -174,7 +176,7 @@ def _check_parts(checkpoint: Checkpoint) -> None:
     Whether parts fit the network, the data and the options is checked where they are loaded.
     """
     _check(type(checkpoint.epoch) is int and _is_number(checkpoint.epoch), "epoch")
-    for part in ("state_dict", "momentum", "options", "totals", "peak"):
+    for part in ("state_dict", "momentum", "options", "totals", "peak", "data"):
         entries = getattr(checkpoint, part)
         _check(isinstance(entries, dict) and all(isinstance(name, str) for name in entries), part)
         if part in ("state_dict", "momentum"):
@@ -192,8 +194,12 @@ def _check_parts(checkpoint: Checkpoint) -> None:
         _check(all(_is_number(n) and n > 0 for n in numbers), "totals")
         sums = totals.values()
         _check(all(_is_plain_tensor(t) and t.isfinite().all() for t in sums), "totals")
+    for split in checkpoint.data.values():
+        _check(split.keys() == {"images", "crc32"} and isinstance(split["images"], list), "data")
+        _check(all(map(_is_number, [*split["images"], split["crc32"]])), "data")
     for epoch, row in enumerate(checkpoint.history, checkpoint.epoch + 1 - len(checkpoint.history)):
         needed = [row[name] for name in ("test_error", "samples_per_second", "peak_memory_bytes")]
+        needed.append(row.get("val_error", 0))
         figures = [x for v in row.values() for x in _as_list(v)]
         finite = (x is None or (type(x) in (int, float) and math.isfinite(x)) for x in figures)
         _check(row["epoch"] == epoch and all(map(_is_number, needed)) and all(finite), "history")

@@ -5,19 +5,26 @@ import contextlib
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from configs import one_line
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # options are checked before torch is imported
+    from dataloaders import ImageData
     from models import ContSupNetwork
 
+T = TypeVar("T")
+
 MIB, GIB = 2**20, 2**30
+
+LINE_EVERY = 10.0
+"""Seconds between two lines of `watched`."""
 
 
 def readable(count: int) -> str:
@@ -54,6 +61,24 @@ class Progress(tqdm):
         self.set_postfix_str(text)
         if self.disable:
             print(f"{self.title}  {text}", flush=True)
+
+
+def watched(things: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Yield the things, and show how many: by a bar on a terminal, by lines elsewhere.
+
+    Args:
+        title: what is being done.
+        total: number of things.
+    """
+    if getattr(sys.stdout, "isatty", bool)():
+        yield from tqdm(things, title, total, leave=False, file=sys.stdout)
+        return
+    shown = time.monotonic()
+    for done, thing in enumerate(things, start=1):
+        yield thing
+        if done < total and time.monotonic() - shown >= LINE_EVERY:
+            print(f"{title}  {done:,}/{total:,}", flush=True)
+            shown = time.monotonic()
 
 
 class ForgivingStream:
@@ -141,11 +166,22 @@ def print_network(network: "ContSupNetwork", options: argparse.Namespace) -> Non
     print("parameters:", ", ".join(counts), flush=True)
 
 
+def print_data(data: "ImageData") -> None:
+    """Print how many images and classes were read, in a line; notes go to stderr."""
+    splits = {"training": data.train, "validation": data.val, "test": data.test}
+    counts = {name: len(split.targets) for name, split in splits.items() if split is not None}
+    text = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    print(f"data: {text} images of {len(data.classes)} classes", flush=True)
+    for line in data.notes:
+        note(line)
+
+
 def print_epoch(metrics: dict, epochs: int) -> None:
     """Print an epoch's metrics, in one line and with K > 1 two more; then a line for each rank."""
     m = metrics
+    val = f"  val loss {m['val_loss']:.4f} error {m['val_error']:.2f} %" if "val_loss" in m else ""
     print(f"epoch {m['epoch']:3}/{epochs}  lr {m['lr']:.4f}"
-          f"  train loss {m['train_loss']:.4f} error {m['train_error']:.2f} %"
+          f"  train loss {m['train_loss']:.4f} error {m['train_error']:.2f} %{val}"
           f"  test loss {m['test_loss']:.4f} error {m['test_error']:.2f} %"
           f"  {m['samples_per_second']:.0f} samples/s"
           f"  peak {readable(m['peak_memory_bytes'])}")  # fmt: skip
@@ -162,7 +198,10 @@ def print_epoch(metrics: dict, epochs: int) -> None:
 
 def print_summary(summary: dict, folder: Path) -> None:
     """Print how the run ended and where its files are."""
+    best = "the best"
+    if "val_error_best" in summary:
+        best = f"epoch {summary['epoch_best']}, whose validation error is the lowest"
     print(f"test error {summary['error_last']:.2f} % at the last epoch, "
-          f"{summary['error_best']:.2f} % at the best")  # fmt: skip
+          f"{summary['error_best']:.2f} % at {best}")  # fmt: skip
     print(f"peak memory {readable(summary['peak_memory_bytes'])} ({summary['peak_memory_how']})")
     print(f"run folder {folder}; TensorBoard: tensorboard --logdir {folder}")

@@ -99,6 +99,14 @@ def positive(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """Return a number above 0 and below 1."""
+    value = positive(text)
+    if not value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+    return value
+
+
 def path(text: str) -> str:
     """Return the name of a file or folder, with `~` replaced by the home folder."""
     if not text:
@@ -230,6 +238,11 @@ def build_parser() -> Parser:
         help="size to which images of your own are resized (default: 32)")
     add("--limit_per_class", type=integer_between(1), metavar="N",
         help="train on the first N images of each class (default: all)")
+    add("--limit_test", type=integer_between(1), metavar="N",
+        help="evaluate on N test images, the first of each class in equal numbers (default: all)")
+    add("--val_fraction", type=fraction, metavar="F",
+        help="hold out this part of the training images, stratified, by --seed; the best epoch is "
+        "then chosen on them (default: none held out; it is chosen on the test images)")
     add("--no-augment", **switch, help="no random crops and flips")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -295,8 +308,11 @@ PERFORMANCE_OPTIONS = (
 """Options that a resumed run may change. They change memory, speed and rounding, and `compile` also
 changes dropout masks."""
 
-BATCH_OPTIONS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class")
+BATCH_OPTIONS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class", "val_fraction")
 """Options that decide which images are in each batch of an epoch."""
+
+DATA_OPTIONS = (*BATCH_OPTIONS, "limit_test")
+"""Options that decide which images are read, and the batches of them."""
 
 REQUIRED = {
     "json": {"dry_run": True},

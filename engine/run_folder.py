@@ -298,22 +298,26 @@ class RunFolder:
     def _write_metrics(self) -> None:
         write_text(self.metrics, "".join(json.dumps(m) + "\n" for m in self.history))
 
-    def best_error(self) -> float:
-        """Return the lowest test error of the epochs so far, in percent; infinite before any."""
-        return min((m["test_error"] for m in self.history), default=math.inf)
+    def best_epoch(self) -> dict | None:
+        """Return the metrics of the epoch with the lowest `deciding_error`; None before any."""
+        return min(self.history, key=deciding_error, default=None)
 
     def add_summary(
         self, peak: PeakMemory, device: str, parameters: dict[str, int], data_bytes: int
     ) -> dict:
         """Write and return summary.json, and close TensorBoard; raise OSError.
 
-        Errors are in percent, memory in bytes. The peak is that of the steps since options for
-        memory and speed were last changed.
+        `error_last` and `error_best` are test errors, of the last and of the best epoch. Errors are
+        in percent, memory in bytes. The peak is that of the steps since options for memory and
+        speed were last changed.
         """
-        last = self.history[-1]
+        last, best = self.history[-1], self.best_epoch()
+        of_validation = {"val_error_best": best["val_error"]} if "val_error" in best else {}
         summary = {
             "error_last": last["test_error"],
-            "error_best": self.best_error(),
+            "error_best": best["test_error"],
+            "epoch_best": best["epoch"],
+            **of_validation,
             "peak_memory_bytes": peak.bytes or last["peak_memory_bytes"],
             "peak_memory_how": peak.how,
             "data_on_device_bytes": data_bytes,
@@ -346,6 +350,14 @@ class RunFolder:
             write_json(self.plan, plan | {"config": self.options})
         except OSError as error:
             raise InputError(f"cannot write {self.plan}: {one_line(error)}") from error
+
+
+def deciding_error(metrics: dict) -> float:
+    """Return the error that decides which epoch is the best, in percent.
+
+    It is that of the validation images if there are any, else of the test images.
+    """
+    return metrics.get("val_error", metrics["test_error"])
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from configs import InputError, one_line
-from dataloaders import Batches, epoch_seed, share_sizes
+from dataloaders import Batches, changes, epoch_seed, share_sizes
 from engine.checkpoint import (
     Checkpoint,
     load_momentum,
     momentum_by_name,
     save_checkpoint,
 )
-from engine.console import Progress, print_epoch, print_summary
+from engine.console import Progress, note, print_epoch, print_summary, watched
 from engine.device import device_name
 from engine.errors import CannotSave, Diverged
 from engine.memory import PeakMemory
-from engine.options import BATCH_OPTIONS, PERFORMANCE_OPTIONS
-from engine.run_folder import RunFolder, same_file
+from engine.options import BATCH_OPTIONS, DATA_OPTIONS, PERFORMANCE_OPTIONS
+from engine.run_folder import RunFolder, deciding_error, same_file
 from engine.signals import INTERRUPTS, Interrupted
 from engine.step import (
     Totals,
@@ -53,6 +53,8 @@ class Training:
         test_batches: plain.
         classes: their names, in the order of the targets.
         strategy: how the work is divided among processes.
+        val_batches: plain; the best epoch is chosen on them, if there are any.
+        data: `dataloaders.fingerprint` of the images.
     Attributes:
         epoch: epochs done.
         totals: sums of the epoch in progress.
@@ -69,11 +71,15 @@ class Training:
         test_batches: Batches,
         classes: list[str],
         strategy: Strategy,
+        val_batches: Batches | None = None,
+        data: Mapping[str, Mapping] = {},
     ) -> None:
         self.network, self.options, self.folder = network, options, folder
+        self.val_batches, self.data = val_batches, data
         self.train_batches, self.test_batches, self.classes = train_batches, test_batches, classes
         self.strategy, self.device = strategy, train_batches.device
-        self.data_bytes = train_batches.device_bytes + test_batches.device_bytes
+        every = filter(None, (train_batches, val_batches, test_batches))
+        self.data_bytes = sum(batches.device_bytes for batches in every)
         self.optimizers = make_optimizers(network)
         self.peak = PeakMemory(
             self.device, compiled=options.compile, apart=self.data_bytes, steps=strategy.warm_up
@@ -119,9 +125,15 @@ class Training:
         self.train_epoch(epoch)
         trained = self.strategy.merge_totals(self.totals)
         figures = self.strategy.figures(self.totals, trained, self.peak)
-        tested = self.evaluate()
-        if bad := tested.first_not_finite():
-            raise Diverged(f"the test loss of module {bad[0]} is not finite after epoch {epoch}")
+        evaluated = {}
+        for name, batches in (("val", self.val_batches), ("test", self.test_batches)):
+            if batches is not None:
+                totals = self.evaluate(epoch, name, batches)
+                evaluated |= {
+                    f"{name}_loss": totals.losses()[-1],
+                    f"{name}_error": totals.errors()[-1],
+                    f"{name}_errors": totals.errors(),
+                }
         metrics = {
             "epoch": epoch,
             "lr": lr,
@@ -129,13 +141,12 @@ class Training:
             "train_error": trained.errors()[-1],
             "local_losses": trained.losses(),
             "train_errors": trained.errors(),
-            "test_loss": tested.losses()[-1],
-            "test_error": tested.errors()[-1],
-            "test_errors": tested.errors(),
+            **evaluated,
             **figures,
         }
         self.check_state()
-        is_best = metrics["test_error"] < self.folder.best_error()
+        best = self.folder.best_epoch()
+        is_best = best is None or deciding_error(metrics) < deciding_error(best)
         self.folder.add_epoch(metrics, self.reconstruct())
         print_epoch(metrics, o.epochs)
         self.epoch, self.totals = epoch, Totals(self.network, self.device)
@@ -209,10 +220,14 @@ class Training:
                 where = f"module {self.current_module}, step {self.totals.steps + 1}"
                 raise Diverged(f"{where} of epoch {self.epoch + 1}: {one_line(error)}") from error
 
-    def evaluate(self) -> Totals:
-        """Return the sums of the test data."""
-        batches = self.strategy.batches(self.test_batches, 0)
-        return self.strategy.merge_totals(evaluate(self.network, batches, self.device))
+    def evaluate(self, epoch: int, name: str, batches: Batches) -> Totals:
+        """Return the sums of a split after an epoch; raise Diverged unless they are finite."""
+        title = f"epoch {epoch:3}/{self.options.epochs}  evaluating, {name} batch"
+        shown = watched(self.strategy.batches(batches, 0), title, len(batches))
+        totals = self.strategy.merge_totals(evaluate(self.network, shown, self.device))
+        if bad := totals.first_not_finite():
+            raise Diverged(f"the {name} loss of module {bad[0]} is not finite after epoch {epoch}")
+        return totals
 
     def reconstruct(self) -> dict[str, Tensor]:
         """Return the decoders' images of a few test images, on rank 0."""
@@ -259,6 +274,7 @@ class Training:
         self.has_checkpoint = self.strategy.broadcast(
             same_file(self.options.resume, self.folder.checkpoint)
         )
+        self._compare_data(checkpoint)
         if checkpoint.totals:
             self._check_steps(checkpoint)
         try:
@@ -271,6 +287,28 @@ class Training:
             raise InputError(
                 f"the checkpoint's sums are of another run: {one_line(error)}"
             ) from error
+
+    def _compare_data(self, checkpoint: Checkpoint) -> None:
+        """Say which images are not those that the checkpoint was trained and evaluated on.
+
+        Raises InputError where the rest of an epoch would repeat some images and leave out others.
+        """
+        if self._changed(checkpoint, DATA_OPTIONS):
+            return  # other images were asked for
+        words = {"train": "training", "val": "validation", "test": "test"}
+        deciding = "val" if "val" in self.data else "test"
+        for split, text in changes(checkpoint.data, self.data, self.classes).items():
+            text = f"the {words[split]} images are not those of the checkpoint: {text}"
+            counts = [data[split]["images"] for data in (checkpoint.data, self.data)]
+            if split == "train" and checkpoint.totals and counts[0] != counts[1]:
+                raise InputError(
+                    f"{text}; it is in the middle of epoch {self.epoch + 1}, which can't go on "
+                    "with others: put back what it had, or begin again in another --output_dir"
+                )
+            if split == deciding and self.folder.history:
+                text += f"; error_best compares errors on two {words[split]} sets"
+            if self.strategy.is_first:
+                note(text)
 
     def _check_steps(self, checkpoint: Checkpoint) -> None:
         where = f"the checkpoint is in the middle of epoch {self.epoch + 1}"
@@ -298,6 +336,7 @@ class Training:
                 totals=self.totals.state() if self.totals.steps else {},
                 history=self.folder.history,
                 peak=self.peak.state(),
+                data=self.data,
             )
         )
 

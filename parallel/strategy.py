@@ -6,7 +6,6 @@ DataParallelStrategy (`--parallel data`).
 
 import argparse
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import InputError
-from dataloaders import Batches, ImageData
+from dataloaders import Batches, ImageData, fingerprint
 from engine.checkpoint import Checkpoint
 from engine.memory import PeakMemory
 from engine.signals import INTERRUPTS, Interrupted
@@ -104,9 +103,9 @@ class ParallelStrategy(Strategy):
         data = load()
         if not self.group.local_rank:
             dist.barrier()
-        by_rank = self.all_gather(_checksums(data))
-        for rank, checksums in enumerate(by_rank):
-            if checksums != by_rank[0]:
+        by_rank = self.all_gather((fingerprint(data), data.classes))
+        for rank, contents in enumerate(by_rank):
+            if contents != by_rank[0]:
                 raise InputError(f"rank {rank} has other images than rank 0: give all the same")
         return data
 
@@ -200,13 +199,6 @@ class ParallelStrategy(Strategy):
             totals=self.merge_states([part.totals for part in parts]) if own.totals else {},
             peak=own.peak | {"bytes": max(part.peak["bytes"] for part in parts)},
         )
-
-
-def _checksums(data: ImageData) -> list:
-    """Return shapes and CRC-32 sums of images and targets, and the names of the classes."""
-    tensors = [tensor for split in (data.train, data.test) for tensor in split]
-    contents = [(t.shape, zlib.crc32(t.contiguous().numpy())) for t in tensors]
-    return [*contents, *data.classes]
 
 
 def _on_cpu(state: Mapping[str, T]) -> dict[str, T]:

@@ -101,7 +101,9 @@ def make_parallel_plan(
         InputError: numbers of processes or ranges of modules do not fit.
     """
     counts = process_counts(options.local_module_num, options.nproc, options.module_ranges)
-    images = count_images(options.dataset, options.data_dir, options.limit_per_class)
+    images = count_images(
+        options.dataset, options.data_dir, options.limit_per_class, options.val_fraction
+    )
     batch_size, tflops = options.batch_size, options.device_tflops or 5
     cuts = [None, *crossing(arguments, torch.device("cpu"), channels_last=False), None]
     flops = [module.train_flops_per_sample for module in plan.modules]

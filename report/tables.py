@@ -95,12 +95,12 @@ def fill(table: Table, cells: pd.DataFrame) -> pd.DataFrame:
 
 STATISTICS = (
     "Errors are mean ± sample standard deviation over n seeds. The paper does not say of which "
-    "epoch its errors are. The epoch of the lowest error is chosen on the test data, so that error "
-    "is optimistic. Memory is the largest peak of all seeds: measured, or planned where no run is "
-    "finished."
+    "epoch its errors are. The best epoch is chosen by the test error, so its error is optimistic; "
+    "with val_fraction it is chosen by the validation error, and its test error is not. Memory is "
+    "the largest peak of all seeds: measured, or planned where no run is finished."
 )
 ERROR_LAST = "Error at the last epoch, %"
-ERROR_BEST = "Lowest error of any epoch, %"
+ERROR_BEST = "Error at the best epoch, %"
 PEAK = "Peak memory of a training step, MiB"
 
 

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import tarfile
+import threading
+import unicodedata
 import weakref
 from unittest import mock
 from urllib.error import URLError
@@ -238,6 +240,67 @@ def test_a_limit_keeps_the_first_of_each_class_in_file_order():
     assert dataloaders.first_of_each_class(targets, 2).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_test_images_are_spread_over_the_classes():
+    """As drawn one by one: of each class in turn the first that is left."""
+    targets = torch.tensor([2, 0, 2, 1, 0, 2, 0, 2])
+    left, order = {c: [i for i in range(8) if targets[i] == c] for c in range(3)}, []
+    while any(left.values()):
+        order += [left[c].pop(0) for c in range(3) if left[c]]
+    for count in range(1, 10):
+        chosen = dataloaders.spread_over_classes(targets, count).tolist()
+        assert chosen == sorted(order[:count])
+    assert dataloaders.spread_over_classes(targets, None).tolist() == list(range(8))
+    every = load_dataset("digits", "unused", 32)
+    few = load_dataset("digits", "unused", 32, limit_test=25)
+    assert few.test.targets.bincount().tolist() == [3] * 5 + [2] * 5
+    firsts = [(every.test.targets == c).nonzero()[0].item() for c in range(10)]
+    assert torch.equal(few.test.images[few.test.targets == 7][0], every.test.images[firsts[7]])
+    assert torch.equal(few.train.images, every.train.images)
+
+
+def rows_of(split):
+    return [
+        (i.numpy().tobytes(), t) for i, t in zip(split.images, split.targets.tolist(), strict=True)
+    ]
+
+
+def test_a_validation_split_is_a_stratified_part_of_the_training_images():
+    every = load_dataset("digits", "unused", 32, 40)
+    parts = [load_dataset("digits", "unused", 32, 40, val_fraction=0.25, seed=s) for s in (0, 0, 1)]
+    for data in parts:
+        assert data.val.targets.bincount().tolist() == [10] * 10
+        assert data.train.targets.bincount().tolist() == [30] * 10
+        assert sorted(rows_of(data.train) + rows_of(data.val)) == sorted(rows_of(every.train))
+        assert rows_of(data.test) == rows_of(every.test)
+    held_out = [rows_of(data.val) for data in parts]
+    assert held_out[0] == held_out[1] != held_out[2]
+    assert load_dataset("digits", "unused", 32, val_fraction=0.25, test_only=True).val is None
+    for limit, fraction in ((1, 0.5), (4, 0.1), (4, 0.9)):  # too few of a class for both
+        with pytest.raises(InputError, match=f"val_fraction {fraction} of {limit * 10} training"):
+            load_dataset("digits", "unused", 32, limit, val_fraction=fraction)
+
+
+def test_a_fingerprint_tells_what_has_changed():
+    data = load_dataset("digits", "unused", 32, 4, limit_test=20, val_fraction=0.25)
+    before = dataloaders.fingerprint(data)
+    assert before == dataloaders.fingerprint(data)
+    assert {name: sum(part["images"]) for name, part in before.items()} == {
+        "train": 30, "val": 10, "test": 20,
+    }  # fmt: skip
+    images = data.train.images.clone()
+    images[3, 2, 1, 0] ^= 1
+    swapped = Split(data.val.images, data.val.targets.flip(0))
+    fewer = Split(data.test.images[2:], data.test.targets[2:])
+    other = data._replace(train=data.train._replace(images=images), val=swapped, test=fewer)
+    found = dataloaders.changes(before, dataloaders.fingerprint(other), data.classes)
+    same = "as many of each class, but their pixels or their order differ (other files, or another "
+    assert found["train"] == found["val"] == same + "version of Pillow)"
+    gone = [f"{c} 2, now 1" for c in data.test.targets[:2].tolist()]
+    assert found["test"] == f"20 before, now 18 ({'; '.join(sorted(gone))})"
+    assert dataloaders.changes(before, before, data.classes) == {}
+    assert dataloaders.changes({}, before, data.classes) == {}
+
+
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
@@ -317,11 +380,53 @@ def no_network(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
+BY_HAND = {
+    "cifar10": "cifar-10-batches-py/ (extracted from https://",
+    "cifar100": "cifar-100-python/ (extracted from https://",
+    "svhn": "train_32x32.mat and test_32x32.mat (from http://",
+    "stl10": "stl10_binary/ (extracted from http://",
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_a_failed_download_is_one_line(tmp_path, no_network, name):
     with pytest.raises(InputError, match=r"could not be downloaded .*no route to host") as caught:
         load_dataset(name, tmp_path / "new\nline", DATASETS[name].image_size)
     assert str(caught.value).isprintable()
+    assert f"or put {BY_HAND[name]}" in str(caught.value)
+    assert str(caught.value).endswith("by hand and name that folder with --data_dir")
+
+
+def test_one_of_several_downloads_and_the_others_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(tarfile.TarFile, "extraction_filter", None, raising=False)  # set by both
+    data_dir, started, waits = tmp_path / "data", threading.Semaphore(0), threading.Semaphore(0)
+    ready = tmp_path / "ready"
+    write_cifar(ready, monkeypatch, "cifar10")
+    downloads, found, said = [], [], []
+
+    def download(url, root, **options):
+        downloads.append(url)
+        started.release()
+        assert waits.acquire(timeout=20)
+        shutil.copytree(ready, root, dirs_exist_ok=True)
+
+    def load():
+        found.append(load_dataset("cifar10", data_dir, 32))
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    monkeypatch.setattr("builtins.print", lambda *text, **_: waits.release() or said.append(text))
+    first, second = (threading.Thread(target=load) for _ in range(2))
+    first.start()
+    assert started.acquire(timeout=20)
+    second.start()  # says that it waits, which lets the first go on
+    for thread in (first, second):
+        thread.join(20)
+    assert len(downloads) == 1 and [len(data.train.targets) for data in found] == [10, 10]
+    waiting = f"waiting for another process, which has {data_dir}/.cifar10.lock"
+    assert said.count((waiting,)) == 1
+    monkeypatch.setattr(dataloaders, "_locked", None)  # what is there needs no lock
+    load()
+    assert len(found) == 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -469,6 +574,87 @@ def test_folder_follows_links_and_leaves_out_what_is_no_image_of_a_class(folder)
     data = load_dataset("folder", folder, 32)
     assert torch.equal(data.train.images, plain.train.images)
     assert data.classes == plain.classes
+
+
+UPRIGHT = np.full((32, 32, 3), 255, dtype=np.uint8)
+UPRIGHT[:16, :16], UPRIGHT[:16, 16:], UPRIGHT[16:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+STORED = {  # as EXIF defines the orientations: what is stored for an upright image
+    1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1],
+    5: UPRIGHT.transpose(1, 0, 2), 6: np.rot90(UPRIGHT), 7: np.rot90(UPRIGHT, 2).transpose(1, 0, 2),
+    8: np.rot90(UPRIGHT, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_folder_turns_images_as_their_exif_says(folder, suffix, orientation):
+    """An upright image is in quarters: red and green above, blue and white below."""
+    (folder / "train" / "ant" / "0.png").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}
+    path = folder / "train" / "ant" / f"0.{suffix}"
+    stored = np.ascontiguousarray(STORED[orientation])
+    Image.fromarray(stored).save(path, exif=exif, **options.get(suffix, {}))
+    image = load_dataset("folder", folder, 32).train.images[0]
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - UPRIGHT).max() <= 3
+
+
+def test_folder_turns_16_bits_too_and_nothing_for_exif_that_is_damaged(folder):
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ant = folder / "train" / "ant"
+    Image.fromarray(np.rot90(ramp).copy()).save(ant / "0.png", exif=exif)
+    Image.fromarray(UPRIGHT).save(ant / "1.png", exif=b"Exif\0\0MM\0nothing of the kind")
+    images = load_dataset("folder", folder, 32).train.images
+    assert np.array_equal(images[0, 0].numpy(), np.floor(ramp / 257).astype(np.uint8))
+    assert np.array_equal(images[1].permute(1, 2, 0).numpy(), UPRIGHT)
+
+
+def test_folder_counts_what_it_leaves_out(folder):
+    assert load_dataset("folder", folder, 32).notes == []
+    for name in ("ant/a.HEIC", "ant/b.heic", "cat/._0.png", ".x/0.png", "cat/more/0.png", "readme",
+                 "bee/notes"):  # fmt: skip
+        path = folder / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not an image")
+    (folder / "test" / "ant" / "new\nline.gif").write_text("not an image")
+    assert load_dataset("folder", folder, 32).notes == [
+        f"left out of {folder}/train: 7 (2 hidden, 2 *.heic, 1 outside the folders of classes, "
+        "1 without a suffix, 1 folders in that of a class)",
+        f"left out of {folder}/test: 1 (1 *.gif)",
+    ]
+
+
+def test_folder_knows_a_class_in_either_normal_form_of_unicode(folder):
+    """Indices are those of form C: the decomposed name alone would be sorted between d and f."""
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        (folder / part / "bee").rename(folder / part / unicodedata.normalize(form, "été"))
+    data = load_dataset("folder", folder, 32)
+    assert data.classes == ["ant", "cat", "\u00e9t\u00e9"]
+    assert data.test.targets.tolist() == [0, 0, 1, 1, 2, 2]
+    with Image.open(folder / "test" / "e\u0301te\u0301" / "1.png") as image:
+        assert np.array_equal(data.test.images[5].permute(1, 2, 0).numpy(), np.array(image))
+    shutil.copytree(folder / "test" / "e\u0301te\u0301", folder / "test" / "\u00e9t\u00e9")
+    check_refused(folder, "two folders in .*test have the same name, été, in two normal forms")
+
+
+@pytest.mark.parametrize("limits", [{}, {"limit_test": 4}, {"limit_test": 4, "test_only": True}])
+def test_folder_reads_what_is_kept_and_shows_how_far_it_is(folder, limits):
+    every, shown = load_dataset("folder", folder, 32), []
+
+    def watch(things, title, total):
+        shown.append((title, total, len(list(things))))
+        return ()
+
+    data = load_dataset("folder", folder, 32, limit_per_class=2, watch=watch, **limits)
+    train, test = 0 if "test_only" in limits else 6, limits.get("limit_test", 6)
+    assert sorted(shown) == [("reading test images", test, test),
+                             ("reading training images", train, train)]  # fmt: skip
+    kept = [0, 1, 2, 4] if limits else range(6)
+    assert torch.equal(data.test.images, every.test.images[list(kept)])
+    assert data.test.targets.tolist() == every.test.targets[list(kept)].tolist()
 
 
 @pytest.mark.parametrize(

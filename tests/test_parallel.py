@@ -17,12 +17,14 @@ TINY = [
 
 SOFTMAX = ["--local_loss_mode", "cross_entropy"]
 DECODER = ["--h_reconstruct", "--loss_scale", "5", "1", "5", "1"]
+HELD_OUT = ["--limit_per_class", "5", "--val_fraction", "0.4", "--limit_test", "30"]
 METHODS = {
     "R0": ["--context_mode", "R0", "--amp", "bf16", *SOFTMAX],
     "E": ["--context_mode", "E", "--droprate", "0.2", *DECODER, *SOFTMAX],
     "R2": ["--context_mode", "R2", "--no-channels_last"],
     "R1E": ["--context_mode", "R1E", "--recompute", *DECODER],
     "R4": ["--context_mode", "R4", "--amp", "fp16", *SOFTMAX],
+    "val": ["--context_mode", "E", *SOFTMAX, *HELD_OUT],
 }
 
 MODULES = ["--parallel", "modules"]
@@ -103,6 +105,7 @@ def check_figures_by_rank(folder, processes):
 
 @pytest.mark.parametrize(("name", "ranges"), [
     ("R1E", ["0", "1-3"]),
+    ("val", ["0-1", "2-3"]),
     pytest.param("R1E", ["0-3"], marks=slow),
     pytest.param("E", ["0-2", "3"], marks=slow),
     pytest.param("R4", ["0", "1", "2", "3"], marks=slow),

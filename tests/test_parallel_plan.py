@@ -42,6 +42,7 @@ def plan_of(arguments, nproc, ranges=None):
     options = argparse.Namespace(
         local_module_num=arguments["local_module_num"], nproc=nproc, module_ranges=ranges,
         batch_size=BATCH, device_tflops=1, dataset="folder", data_dir="", limit_per_class=None,
+        val_fraction=None,
     )  # fmt: skip
     with mock.patch.object(pipeline_plan, "count_images", return_value=100):
         return make_parallel_plan(options, make_plan(arguments, BATCH), arguments).plans
@@ -159,6 +160,9 @@ def test_training_images_are_those_that_are_loaded(tmp_path):
         for index in range(count):
             Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
     assert [count_images("folder", tmp_path, limit) for limit in (None, 4)] == [8, 7]
+    for fraction in (0.15, 0.25, 0.33):
+        data = load_dataset("digits", "nowhere", 32, 7, val_fraction=fraction)
+        assert count_images("digits", "nowhere", 7, fraction) == len(data.train.targets)
 
 
 def test_training_images_of_the_published_data_sets():
