@@ -199,10 +199,17 @@ def count_classes(data_dir: str | Path, part: str = "train") -> int:
 
 
 def count_images(name: str, data_dir: str | Path, limit_per_class: int | None = None) -> int:
-    """Return the number of training images that `load_dataset` returns, without reading them."""
-    counts = DATASETS[name].per_class or [
-        len(paths) for paths in _list_images(Path(data_dir) / "train").values()
-    ]
+    """Return the number of training images that `load_dataset` returns.
+
+    They are read only where a data set of the user's own has no `per_class`.
+    """
+    data = DATASETS[name]
+    if data.per_class is None and data.read is not None:
+        counts = data.read(Path(data_dir)).train.targets.bincount().tolist()
+    else:
+        counts = data.per_class or [
+            len(paths) for paths in _list_images(Path(data_dir) / "train").values()
+        ]
     return sum(min(count, limit_per_class or count) for count in counts)
 
 
