@@ -173,6 +173,8 @@ class ContSupNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
+        for index, module in enumerate(modules):
+            module.index = index
         self.mode = mode
         self.dataset = dataset
         self.autocast_dtype = autocast_dtype
