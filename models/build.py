@@ -204,8 +204,8 @@ def _check_train_modules(indices: Sequence[int] | None, K: int) -> None:
         return
     plain = isinstance(indices, Sequence) and bool(indices) and all(map(_is_whole, indices))
     if not plain or not set(indices) <= {*range(K)}:
-        wrong = [i for i in indices if i not in range(K)] if plain else indices
-        raise InputError(f"train_modules must be among the modules 0 to {K - 1}, not {wrong!r:.80}")
+        wrong = next(i for i in indices if i not in range(K)) if plain else indices
+        raise InputError(f"train_modules must be among the modules 0 to {K - 1}, not {wrong!r}")
 
 
 def _is_whole(value: object) -> bool:

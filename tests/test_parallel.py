@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs import InputError
 from engine.checkpoint import read_checkpoint
+from models import build_network
 from models.context import Contexts
 from parallel.transfer import crossing
 from report.results import read_runs
@@ -189,6 +190,19 @@ def test_a_context_that_does_not_cross_as_it_is_is_refused(monkeypatch, is_carri
     else:
         with pytest.raises(InputError, match="recent_first does not reach the next process"):
             crossing(arguments, torch.device("cpu"), True)
+
+
+@slow
+def test_frozen_modules_with_data_in_parallel(server):
+    method = [*METHODS["R1E"], "--train_modules", "1-2"]
+    together(server, 2, "frozen", *method, how=["--parallel", "data", "--sync_bn"])
+    torch.manual_seed(0)
+    arguments = {"layers": 8, "local_module_num": 4, "context_mode": "R1E"}
+    decoders = {"h_reconstruct": True, "loss_scale": (5, 1, 5, 1), "local_loss_mode": "contrast"}
+    start = build_network(**arguments, **decoders).state_dict()
+    after = read_checkpoint(server.folder / "frozen/checkpoint.pt")
+    changed = {n.split(".")[1] for n, t in after.state_dict.items() if not torch.equal(t, start[n])}
+    assert changed == {"1", "2"} == {name.split(".")[1] for name in after.momentum}
 
 
 @slow
