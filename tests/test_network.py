@@ -202,6 +202,7 @@ def test_an_exchanged_module_is_run_trained_and_saved():
     other = build_network(local_module_num=4, **options).double()
     weights = {k: v for k, v in other.state_dict().items() if k.startswith("local_modules.1.")}
     expected.load_state_dict(weights, strict=False)
+    assert network.stage == [*network.local_modules]
     old, network.local_modules[1] = network.local_modules[1], other.local_modules[1]
     before = {name: value.clone() for name, value in old.state_dict().items()}
     seen = []
@@ -222,6 +223,7 @@ def test_an_exchanged_module_is_run_trained_and_saved():
 def test_a_process_with_some_modules_runs_an_exchanged_one():
     network, other = tiny(), tiny()
     network.set_stage(range(1, 3), network.io)
+    assert network.stage == [*network.local_modules[1:3]]
     network.local_modules[1] = other.local_modules[2]  # whose place was another
     assert other.stage[2].index == 2
     assert network.stage == [other.local_modules[2], network.local_modules[2]]
