@@ -374,10 +374,17 @@ def count_images(
     limit_per_class: int | None = None,
     val_fraction: float | None = None,
 ) -> int:
-    """Return the number of training images that `load_dataset` returns, without reading them."""
-    counts = DATASETS[name].per_class or [
-        len(paths) for paths in _list_images(Path(data_dir) / "train")[0].values()
-    ]
+    """Return the number of training images that `load_dataset` returns.
+
+    They are read only where a data set of the user's own has no `per_class`.
+    """
+    data = DATASETS[name]
+    if data.per_class is None and data.read is not None:
+        counts = data.read(Path(data_dir)).train.targets.bincount().tolist()
+    else:
+        counts = data.per_class or [
+            len(paths) for paths in _list_images(Path(data_dir) / "train")[0].values()
+        ]
     count = sum(min(count, limit_per_class or count) for count in counts)
     return count - math.ceil(count * (val_fraction or 0))  # as train_test_split rounds
 

@@ -153,7 +153,8 @@ def train(job: Job, strategy: Strategy) -> None:
             error.advice = f"; {how_to_continue(folder)}"
         raise
     except Diverged as error:
-        find = "" if options.detect_anomaly else ", or find the operation with --detect_anomaly"
+        can_find = not options.detect_anomaly and options.amp != "fp16"  # they exclude each other
+        find = ", or find the operation with --detect_anomaly" if can_find else ""
         error.advice = f"; take a lower --lr and another --output_dir{find}"
         if checkpoints := folder.checkpoints():
             error.advice += f"; to begin from the last checkpoint, add --resume {checkpoints[0]}"

@@ -154,6 +154,8 @@ def headline(options: argparse.Namespace) -> str:
     if options.local_module_num > 1:
         loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
         method = f"K={options.local_module_num}, context {options.context_mode}, {loss}"
+    if options.train_modules is not None:
+        method += f", training modules {' '.join(map(str, options.train_modules))} alone"
     return f"{model}-{options.layers} on {options.dataset}: {method}"
 
 

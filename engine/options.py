@@ -57,6 +57,14 @@ class Parser(argparse.ArgumentParser):
         options.loss_scale = parts
 
 
+class ModuleIndices(argparse.Action):
+    """Joins ranges of modules to a sorted list of their indices."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Set the option to the list."""
+        setattr(namespace, self.dest, sorted({index for modules in values for index in modules}))
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default to the help text, except None: there the help text says what happens."""
 
@@ -256,6 +264,9 @@ def build_parser() -> Parser:
     add("--no-cos_lr", dest="cos_lr", **off, help="the same as --cos_lr False")
     add("--warmup_epochs", type=integer_between(0), metavar="N",
         help="epochs in which the rate rises from 0.01 (default: epochs/16; 0 without --cos_lr)")
+    add("--train_modules", type=module_range, nargs="+", action=ModuleIndices, metavar="A-B",
+        help="train these modules alone, such as 4-7; the others stay as they are in the "
+        "checkpoint of --resume, or untrained if there is none (default: all)")
     add("--seed", type=integer_between(0), default=0, metavar="N", help="seed of all randomness")
 
     add = parser.add_argument_group("run").add_argument
@@ -287,6 +298,7 @@ NETWORK_OPTIONS = (
     "model", "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset",
     "image_size", "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config",
     "aux_net_widen", "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
+    "train_modules",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 

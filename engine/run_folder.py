@@ -186,7 +186,7 @@ class RunFolder:
             checkpoint = config.parent / str(earlier.get("checkpoint", ".")) / "checkpoint.pt"
             if (
                 earlier
-                and config.parent != self.path
+                and earlier.get("epochs") != self.options["epochs"]
                 and not self._changed(earlier, ignoring=ignored - {"name", "no"})
                 and checkpoint.exists()
             ):

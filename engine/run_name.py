@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
+from configs import DATASETS
 from engine.options import NON_TRAINING_OPTIONS, build_parser, data_name, fill_in
 
 LONGEST_NAME = 110
@@ -59,7 +60,8 @@ def run_name(options: argparse.Namespace) -> str:
 def unusual_options(options: dict[str, object], ignoring: Collection[str]) -> list[str]:
     """Return `name-value` of each option that is not as published, or `name` of one that is on.
 
-    Where the paper has no value, the default counts as published.
+    Where the paper has no value, the default counts as published. A data set of the user's own that
+    this process does not know has none.
 
     Args:
         ignoring: options that are left out.
@@ -67,7 +69,8 @@ def unusual_options(options: dict[str, object], ignoring: Collection[str]) -> li
     usual = build_parser().parse_args([])
     for deciding in ("dataset", "epochs", "cos_lr"):  # they decide the defaults of others
         setattr(usual, deciding, options.get(deciding, getattr(usual, deciding)))
-    usual = vars(fill_in(usual)) | {"epochs": 160, "cos_lr": True}
+    is_known = usual.dataset in DATASETS
+    usual = vars(fill_in(usual) if is_known else usual) | {"epochs": 160, "cos_lr": True}
     parts = []
     for option in dict.fromkeys([*usual, *options]):  # in one order, whatever file they are from
         value = options.get(option, usual.get(option))

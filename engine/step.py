@@ -104,20 +104,31 @@ class Totals:
                 own.copy_(value)
 
 
+SMALLEST_SCALE = 1e-3
+"""Loss scale below which a module counts as diverged.
+
+torch.amp.GradScaler starts with 65536, halves the scale and skips the step where gradients are not
+finite, and doubles it after 2000 others. With a smaller scale than this, gradients of up to 6e7 fit
+into float16.
+"""
+
+
 class LocalSGD(torch.optim.SGD):
     """A module's SGD (README, equation 10); the learning rate is set epoch by epoch.
 
-    Fused: all of a module's tensors in one kernel, with no temporaries.
+    It has the parameters that require a gradient now: none of a frozen module. Fused: all of a
+    module's tensors in one kernel, with no temporaries.
 
     Attributes:
         scaler: scales the module's loss where gradients are float16; else it does nothing.
     """
 
     def __init__(self, module: LocalModule, scale: bool) -> None:
-        super().__init__(
-            module.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
+        trained = [p for p in module.parameters() if p.requires_grad]
+        super().__init__(  # SGD refuses an empty list, but not a group without parameters
+            [{"params": trained}], lr=0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
         )
-        for parameter in module.parameters():  # else a first step that overflows leaves it random
+        for parameter in trained:  # else a first step that overflows leaves it random
             momentum = torch.zeros_like(parameter, requires_grad=False)
             self.state[parameter]["momentum_buffer"] = momentum
         device = next(module.parameters()).device
@@ -125,6 +136,8 @@ class LocalSGD(torch.optim.SGD):
 
     def step_and_free(self) -> None:
         """Step, unless gradients overflowed in float16; then free the gradients."""
+        if all(p.grad is None for p in self.param_groups[0]["params"]):
+            return  # the module is frozen, which a scaler takes for an error
         self.scaler.step(self)
         self.scaler.update()
         self.zero_grad(set_to_none=True)

@@ -27,6 +27,7 @@ from engine.options import BATCH_OPTIONS, DATA_OPTIONS, PERFORMANCE_OPTIONS
 from engine.run_folder import RunFolder, deciding_error, same_file
 from engine.signals import INTERRUPTS, Interrupted
 from engine.step import (
+    SMALLEST_SCALE,
     Totals,
     evaluate,
     learning_rate,
@@ -182,6 +183,7 @@ class Training:
                 progress.update()
                 if step == steps or step % self.options.print_freq == 0:
                     self.check_losses(totals)
+                    self.check_loss_scales(step)
                     has_last = self.network.stage[-1] is self.network.local_modules[-1]
                     progress.show(step, totals.losses(), has_last)
                 totals.seconds = seconds_before + time.perf_counter() - start
@@ -280,7 +282,7 @@ class Training:
         try:
             if checkpoint.totals:
                 self.totals.load(checkpoint.totals)
-            of_memory = (*PERFORMANCE_OPTIONS, "amp", "batch_size", "tf32")
+            of_memory = (*PERFORMANCE_OPTIONS, "amp", "batch_size", "tf32", "train_modules")
             if checkpoint.peak and not self._changed(checkpoint, of_memory):
                 self.peak.load(checkpoint.peak)
         except (KeyError, ValueError) as error:
@@ -361,6 +363,17 @@ class Training:
                 f"the loss of module {module} is not finite from step {step} of epoch "
                 f"{self.epoch + 1} on"
             )
+
+    def check_loss_scales(self, step: int) -> None:
+        """Raise Diverged if float16 keeps a module from stepping."""
+        for module, optimizer in zip(self.network.stage, self.optimizers, strict=True):
+            scale = optimizer.scaler.get_scale()
+            if scale < SMALLEST_SCALE:
+                raise Diverged(
+                    f"module {module.index} does not train: after step {step} of epoch "
+                    f"{self.epoch + 1} its gradients overflow float16 even with a loss scale of "
+                    f"{scale:.1g}; --amp bf16 needs no scale"
+                )
 
     def check_state(self) -> None:
         """Raise Diverged unless the losses, and all that a checkpoint keeps, are finite."""

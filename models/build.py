@@ -55,6 +55,7 @@ def build_network(
     cuts: Sequence[Cut] | None = None,
     amp: str = "off",
     model: str = "resnet",
+    train_modules: Sequence[int] | None = None,
 ) -> ContSupNetwork:
     """Return a backbone cut into local modules, initialised from torch's global generator.
 
@@ -82,6 +83,7 @@ def build_network(
             first.
         cuts: K-1 [stage, block] of your own, in order, instead of equal or balanced ones.
         model: name of a backbone in `models.resnet.BACKBONES`.
+        train_modules: indices of the modules that train; the others are frozen. None for all.
         amp: `bf16` or `fp16` runs convs and matrix products in that, by autocast; `off` does not.
     Raises:
         InputError: an argument is out of range or does not fit the others; the message is a
@@ -120,6 +122,7 @@ def build_network(
             f"context_mode {context_mode} asks for {mode.recent} module inputs, but there are "
             f"{K} modules: n of Rn may be at most local_module_num"
         )
+    _check_train_modules(train_modules, K)
     if loss_scale is not None:
         _check_loss_scale(loss_scale, h_reconstruct)
     elif h_reconstruct and K > 1:
@@ -149,6 +152,9 @@ def build_network(
 
     network = ContSupNetwork(modules, mode, dataset, AMP[amp])
     initialise(network)
+    if train_modules is not None:
+        for module in (m for i, m in enumerate(modules) if i not in train_modules):
+            module.freeze()
     return network
 
 
@@ -191,6 +197,15 @@ def _check_loss_scale(scale: Scale, h_reconstruct: bool) -> None:
     four = isinstance(scale, Sequence) and len(scale) == 4
     if not four or not all(_is_real(x) and 0 <= x < math.inf for x in scale):
         raise InputError(f"loss_scale must be four numbers of at least 0, not {scale!r}")
+
+
+def _check_train_modules(indices: Sequence[int] | None, K: int) -> None:
+    if indices is None:
+        return
+    plain = isinstance(indices, Sequence) and bool(indices) and all(map(_is_whole, indices))
+    if not plain or not set(indices) <= {*range(K)}:
+        wrong = next(i for i in indices if i not in range(K)) if plain else indices
+        raise InputError(f"train_modules must be among the modules 0 to {K - 1}, not {wrong!r}")
 
 
 def _is_whole(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
@@ -29,12 +29,17 @@ class ContextMode(NamedTuple):
     images: str
 
     @classmethod
-    def parse(cls, name: str) -> "ContextMode":
-        """Return the mode of a name; raise InputError for an unknown one."""
+    def parse(cls, name: str, known: Collection[str] | None = None) -> "ContextMode":
+        """Return the mode of a name; raise InputError for an unknown one.
+
+        Args:
+            known: letters of encoders; those of IMAGE_ENCODERS if None.
+        """
         match = isinstance(name, str) and re.fullmatch(r"R0|(?:R([1-9][0-9]{0,5}))?([A-Z]*)", name)
         letters = (match and match[2]) or ""
-        known = set(letters) <= IMAGE_ENCODERS.keys() and len(set(letters)) == len(letters)
-        if not match or not name or not known:
+        twice = len(set(letters)) < len(letters)
+        known = set(IMAGE_ENCODERS if known is None else known)
+        if not match or not name or not known.issuperset(letters) or twice:
             raise InputError(
                 f"unknown context_mode {name!r}: it is Rn for the n latest module inputs "
                 "(R0 for no context), E for the image, or RnE for both"
@@ -49,7 +54,7 @@ class Contexts(Generic[T]):
     after n cuts. In `RnE` it is a context of its own, and the window starts empty.
 
     T is a tensor in a forward pass, a number of channels when encoders are built, and a shape in
-    plans.
+    plans. `pushed` and `received` carry all contexts but the image to another process.
     """
 
     def __init__(self, mode: ContextMode, image: T) -> None:
@@ -68,6 +73,14 @@ class Contexts(Generic[T]):
     def push(self, h_in: T) -> None:
         """Put a module's input in front of the window, and drop the oldest."""
         self._window.appendleft(h_in)
+
+    @classmethod
+    def received(cls, mode: ContextMode, image: T, pushed: Iterable[T]) -> "Contexts[T]":
+        """Return the contexts of which these are the image and what `pushed` gave."""
+        contexts = cls(mode, image)
+        for h_in in pushed:
+            contexts.push(h_in)
+        return contexts
 
     def pushed(self) -> list[T]:
         """Return the module inputs in the window, oldest first, without the image."""

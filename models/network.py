@@ -31,7 +31,8 @@ class LocalModule(nn.Module):
         loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
         recompute: activation checkpointing of all units but the last.
     Attributes:
-        index: place in the network, from 0.
+        index: place in the network, from 0; the network's `stage` sets it.
+        frozen: whether it stays as it is (see `freeze`).
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class LocalModule(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.index = 0
+        self.index, self.frozen = 0, False
         self.unit_names = list(units)
         self.context = context
         self.units = nn.Sequential(*units.values())
@@ -54,6 +55,15 @@ class LocalModule(nn.Module):
         self.decoder = decoder
         self.loss_weights = loss_weights
         self.recompute = recompute
+
+    def freeze(self) -> None:
+        """Keep all parameters and BatchNorm statistics as they are, in training too."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LocalModule":
+        """Set training or evaluation mode, as nn.Module does; a frozen module only evaluates."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, h_in: Tensor) -> Tensor:
         """Return h_out (N, C', S', S') of the last unit for h_in (N, C, S, S)."""
@@ -147,9 +157,11 @@ class ContSupNetwork(nn.Module):
         modules: first to last.
         mode: which contexts are supplied.
         dataset: whose mean and std a decoder's target is un-normalised with.
-        autocast_dtype: what autocast runs convs and matrix products in; None for no autocast.
+        autocast_dtype: what autocast runs convs and matrix products in; None for no autocast but
+            the caller's own.
     Attributes:
-        stage: the modules that this process runs, one after the other: all, but for `set_stage`.
+        local_modules: an nn.ModuleList. A LocalModule put in the place of another is run, trained
+            and saved from then on; make an optimizer for it.
         io: how features reach the stage and leave it.
     """
 
@@ -168,27 +180,41 @@ class ContSupNetwork(nn.Module):
         self.dataset = dataset
         self.autocast_dtype = autocast_dtype
         self.compiled = False
-        self.stage, self.io = list(self.local_modules), StageIO()
+        self._own_modules: range | None = None
+        self.io = StageIO()
+
+    @property
+    def stage(self) -> list[LocalModule]:
+        """The modules that this process runs, one after the other: all, but for `set_stage`."""
+        for index, module in enumerate(self.local_modules):
+            if module.index != index:  # it has just come from elsewhere
+                module.index = index
+        modules, own = list(self.local_modules), self._own_modules
+        return modules if own is None else modules[own.start : own.stop]
 
     def set_stage(self, indices: range, io: StageIO) -> None:
         """Run only the modules with these indices from now on; others run elsewhere.
 
         Args:
-            indices: of the modules.
+            indices: of the modules, without gaps.
             io: how features reach them and leave them.
         """
-        self.stage = [module for module in self.local_modules if module.index in indices]
-        self.io = io
+        self._own_modules, self.io = indices, io
 
     def eagerly(self) -> AbstractContextManager:
         """Return a context without compiling, for evaluation and for rare batch sizes."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Return the context that all but the losses run in."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, self.autocast_dtype)
+        """Return the context that all but the losses run in.
+
+        Inside a caller's own autocast, its cache would keep the weights of the first step.
+        """
+        if self.autocast_dtype is not None:
+            return torch.autocast(device.type, self.autocast_dtype, cache_enabled=False)
+        if torch.is_autocast_enabled(device.type):
+            return torch.autocast(device.type, cache_enabled=False)
+        return nullcontext()
 
     def compile_steps(self, backend: str = "inductor") -> None:
         """Compile the training steps of the stage's modules and their encoders.
@@ -253,13 +279,16 @@ class ContSupNetwork(nn.Module):
         train.py uses `engine.step.train_step`, which also steps optimizers, counts errors, and
         scales the losses of float16; here they are not scaled.
 
+        A module without a parameter that requires a gradient runs forward only.
+
         Gradients add to what `.grad` holds. An `after_backward` that steps the module's optimizer
         and frees the gradients keeps those of one module in memory at a time.
 
         Args:
             images: (N, 3, H, W), normalised, N >= 2.
             targets: (N,) class indices.
-            after_backward: called with a module as soon as its gradients are there.
+            after_backward: called with a module as soon as its gradients are there; with one that
+                runs forward only, too.
         Returns:
             Logits (N, num_classes) of the last module and the K losses, 0-d; all detached.
         """
@@ -289,7 +318,8 @@ class ContSupNetwork(nn.Module):
 
         Gradients add to what `.grad` has, and `state` gets the detached output for the next module.
         The features that enter are detached, so the backward ends at this module's own input, and
-        frees its graph.
+        frees its graph. A module without a parameter that requires a gradient runs forward only,
+        and keeps no graph.
 
         Args:
             state: the pass over the batch, after the module before this one.
@@ -299,13 +329,16 @@ class ContSupNetwork(nn.Module):
         Returns:
             0-d loss and head output (N, D), detached.
         """
-        with self.autocast(targets.device):
+        learns = any(parameter.requires_grad for parameter in module.parameters())
+        with nullcontext() if learns else torch.no_grad(), self.autocast(targets.device):
             h_in = self._supplied(module, state)
             h_out, output, *losses = module.forward_and_losses(h_in, targets, pixels)
         del h_in  # from here on only autograd keeps it
         self._pass_on(module, state, h_out)
         loss = module.local_loss(*losses)
-        (loss if scale_loss is None else scale_loss(loss)).backward()
+        if learns:
+            with _without_autocast(targets.device):  # of the caller's
+                (loss if scale_loss is None else scale_loss(loss)).backward()
         return loss.detach(), output
 
     def _supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
@@ -319,7 +352,8 @@ class ContSupNetwork(nn.Module):
     def _pass_on(self, module: LocalModule, state: ForwardState, h_out: Tensor) -> None:
         """Keep a module's detached output for the next one, in this process or another."""
         state.h = h_out
-        if module is self.stage[-1]:
+        modules = range(len(self.local_modules))
+        if module.index == (self._own_modules or modules)[-1]:
             self.io.send(state)
 
     def pixels(self, images: Tensor) -> Tensor | None:
@@ -346,6 +380,12 @@ class ContSupNetwork(nn.Module):
 
 def _count(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def to_float32(x: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class DataParallelStrategy(ParallelStrategy):
                 SyncBatchNorm2d.convert(module)
             if module.task.compares_samples:
                 module.task = self.batch.compare_with_all(module.task)
-            _wrap_step(module, self.batch)
+            if not module.frozen:
+                _wrap_step(module, self.batch)
         if network.compiled:
             keep_graphs_whole()
 

@@ -89,8 +89,8 @@ class PipelineStrategy(ParallelStrategy):
     ) -> None:
         own = self.ranges[self.rank]
         network.set_stage(own, self.link)
-        for module in network.local_modules:
-            if module.index not in own:
+        for index, module in enumerate(network.local_modules):
+            if index not in own:
                 module.to("meta")  # where it takes no memory
         super().place(network, options, device)
 

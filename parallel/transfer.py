@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs import InputError
 from engine.device import memory_format, wait_for
 from models import build_network
 from models.context import ContextMode, Contexts
@@ -64,6 +65,8 @@ def crossing(
 
     Args:
         arguments: of `build_network`.
+    Raises:
+        InputError: a context of the user's own does not cross as it is.
     """
     with FakeTensorMode(), torch.no_grad(), device:
         network = build_network(**arguments)
@@ -82,23 +85,30 @@ class _Recorder(StageIO):
 
     def __init__(self) -> None:
         self.sent: list[list[Tensor]] = []
+        self.offered: dict[str, Tensor] = {}
 
     def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
         if not self.sent:
             return super().receive(mode, images)
-        return received_state(mode, images, self.sent[-1])
+        state = received_state(mode, images, self.sent[-1])
+        received = state.contexts.named()
+        for name in self.offered.keys() | received.keys():
+            if received.get(name) is not self.offered.get(name):
+                raise InputError(
+                    f"the context {name} does not reach the next process as it is: have "
+                    "Contexts.pushed and Contexts.received carry it"
+                )
+        return state
 
     def send(self, state: ForwardState) -> None:
         self.sent.append([state.h, *state.contexts.pushed()])
+        self.offered = state.contexts.named()
 
 
 def received_state(mode: ContextMode, images: Tensor, tensors: Sequence[Tensor]) -> ForwardState:
     """Return the state in which features and window were sent, from what was received."""
     h, *pushed = tensors
-    contexts = Contexts(mode, images)
-    for h_in in pushed:
-        contexts.push(h_in)
-    return ForwardState(h, contexts)
+    return ForwardState(h, Contexts.received(mode, images, pushed))
 
 
 class Link(StageIO):

@@ -122,7 +122,10 @@ class Costs:
     def _one_of_each_stage(self) -> list[LocalModule]:
         """Return modules with auxiliary heads, one ending in each stage."""
         cuts = [name for name in ((0, 0), (2, 0), (3, 0)) if name in self.names[:-1]]
-        changed = {"cuts": cuts, "local_module_num": len(cuts) + 1, "context_mode": "R0"}
+        changed = {
+            "cuts": cuts, "local_module_num": len(cuts) + 1, "context_mode": "R0",
+            "train_modules": None,
+        }  # fmt: skip
         if self.arguments["h_reconstruct"]:
             changed["loss_scale"] = (1, 1, 1, 1)
         return list(build_network(**self.arguments | changed).local_modules)[:-1]

@@ -26,6 +26,7 @@ END_TO_END = {
     "h_reconstruct": False,
     "loss_scale": None,
     "recompute": False,
+    "train_modules": None,
 }
 """Arguments of `build_network` that turn any run into plain end-to-end training."""
 

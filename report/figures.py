@@ -97,10 +97,10 @@ def figure4(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     for net, group in cells.groupby("method", sort=False):
         config = runs.config[runs.layers == group.layers.iloc[0]].iloc[0]
         arguments = {name: config[name] for name in NETWORK_OPTIONS if name in config}
-        arguments["num_classes"] = DATASETS[config["dataset"]].classes
         try:
+            arguments["num_classes"] = DATASETS[config["dataset"]].classes
             peaks = end_to_end_peaks(arguments, config["batch_size"])
-        except InputError:  # an option with a value that was removed since
+        except (InputError, KeyError):  # a value that was removed since, or added by a script
             continue
         for peak, style in zip(peaks, styles, strict=True):
             axes.axvline(peak / MIB, color=colors[net], linestyle=style)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ from models.context import ContextMode
 END_TO_END = "end to end"
 
 METHOD_OPTIONS = (
-    "dataset", "model", "layers", "local_module_num", "context_mode", "local_loss_mode",
+    "dataset", "layers", "local_module_num", "context_mode", "local_loss_mode",
     "h_reconstruct", "balanced_memory", "partition", "memory_budget", "cuts", "seed",
 )  # fmt: skip
 """Options that SETUP has columns for, and the seed."""
@@ -45,6 +46,8 @@ COLUMNS = [
 
 def read_runs(roots: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
     """Read every summary.json and plan.json below `roots`.
+
+    Names in them need not be in this process's tables: a script may have added them to its own.
 
     Returns a row for each run, in the paper's order, and notes on what was left out. Of two runs
     with the same setup and seed the first by name counts.
@@ -114,7 +117,7 @@ def read_setup(config: dict[str, Any]) -> dict[str, Any]:
     cuts = config["cuts"] or choose_cuts(layers, K, dataset, balanced)
     if list(map(tuple, cuts)) != choose_cuts(layers, K, dataset):
         kind += ", balanced cuts" if balanced else f", cuts {' '.join(map(str, cuts))}"
-    ContextMode.parse(config["context_mode"])  # raises InputError if there is no such mode
+    ContextMode.parse(config["context_mode"], ascii_uppercase)  # raises InputError if it is none
     mode, kind = (END_TO_END, "") if K == 1 else (config["context_mode"], kind)
     values = (", ".join([dataset, *options]), dataset, layers, K, mode, kind)
     return dict(zip(SETUP, values, strict=True))
@@ -124,6 +127,6 @@ def _order(run: dict[str, Any]) -> tuple:
     """Sort key: published options and softmax first, modes in the paper's order R0, E, R1, R1E."""
     is_unpublished = not run["setting"].endswith("published options")
     is_not_softmax = not run["kind"].startswith("softmax")
-    mode = ContextMode.parse(run["config"]["context_mode"])
+    mode = ContextMode.parse(run["config"]["context_mode"], ascii_uppercase)
     setting = (run["dataset"], is_unpublished, run["setting"], run["layers"])
     return *setting, run["K"], is_not_softmax, run["kind"], mode, run["seed"]

@@ -26,6 +26,7 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.errors import exit_status
 from engine.signals import INTERRUPTS, SIGNALS, Interrupts
 from engine.step import LocalSGD, Totals
+from losses import LOCAL_LOSSES, TaskLoss
 from models.torch_internals import compile_errors
 
 TINY = [*OF_16, "--context_mode", "E", "--batch_size", "4", "--seed", "0"]
@@ -260,6 +261,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(train_py, monkeypatch, lr, print
     assert last == min(10, math.ceil(step / print_freq) * print_freq)  # of 10 an epoch
     assert not Path("run/checkpoint.pt").exists()
     assert err[0].endswith("another --output_dir, or find the operation with --detect_anomaly")
+
+
+@pytest.mark.parametrize("print_freq", [1, 4])
+def test_a_module_that_float16_keeps_from_stepping_ends_the_run(train_py, monkeypatch, print_freq):
+    """Its loss stays finite. After 26 skipped steps the scale is 65536 / 2^26 = 2^-10."""
+
+    def overflowing(logits, targets):
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * math.inf)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    monkeypatch.setitem(LOCAL_LOSSES, "overflowing", TaskLoss(overflowing, classifies=True))
+    method = ["--amp", "fp16", "--local_loss_mode", "overflowing", "--epochs", "7"]
+    status, _, err = train_py(*TINY, *method, "-p", print_freq, "--output_dir", "run")
+    assert (status, len(err)) == (3, 1)
+    step = {1: 1, 4: 4}[print_freq]  # 26 is the first of epoch 6
+    assert f"module 0 does not train: after step {step} of epoch 6 its gradients" in err[0]
+    assert "a loss scale of 0.0" in err[0] and "--amp bf16" in err[0]
+    assert read_checkpoint("run/checkpoint.pt").done == (5, 0)
 
 
 def poison(monkeypatch, step, change):

@@ -117,7 +117,21 @@ def norm(new):
     return lambda encoder: exchange(encoder, nn.BatchNorm2d, lambda bn: new(bn.num_features))
 
 
+def without_statistics(encoder):
+    for bn in norms_of(encoder):
+        bn.track_running_stats = False
+        bn.running_mean = bn.running_var = bn.num_batches_tracked = None
+
+
+def reflecting(conv):
+    channels = conv.in_channels, conv.out_channels
+    return nn.Conv2d(*channels, 3, padding=1, padding_mode="reflect")
+
+
 CHANGES = {
+    "reflected padding": lambda e: exchange(e, nn.Conv2d, reflecting),
+    "affine=False": norm(lambda c: nn.BatchNorm2d(c, affine=False)),
+    "no statistics": without_statistics,
     "LeakyReLU": lambda e: exchange(e, nn.ReLU, lambda _: nn.LeakyReLU(0.1)),
     "Softmax2d": lambda e: exchange(e, nn.ReLU, lambda _: nn.Softmax2d()),
     "plain norms": norm(lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False)),
@@ -135,6 +149,21 @@ def test_a_changed_encoder_is_the_plain_one(change, layout):
     encoder, source = make("image")
     CHANGES[change](encoder)
     assert_as_plain(encoder.double(), source.contiguous(memory_format=layout))
+
+
+def test_statistics_of_a_loader_are_those_of_plain_encoders():
+    """By torch.optim.swa_utils.update_bn: the mean of all batches' statistics."""
+    batches = [torch.randn(4, 3, 12, 12, dtype=torch.float64) for _ in range(3)]
+    found = []
+    for group in (0, 5):
+        torch.manual_seed(0)
+        network = build_network(
+            layers=8, local_module_num=3, context_mode="R1E", context_group=group
+        ).double()
+        torch.optim.swa_utils.update_bn(batches, network)
+        found.append(buffers(network))
+    assert_same(*found)
+    assert int(found[0]["local_modules.1.context.image.1.num_batches_tracked"]) == 3
 
 
 @pytest.mark.parametrize("place", range(6))

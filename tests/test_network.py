@@ -1,6 +1,7 @@
 """Structure, context supply and gradient isolation of the networks."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import losses
 from configs import InputError, choose_cuts, published_loss_scale
 from engine.memory import LiveBytes
-from engine.step import reconstructions
+from engine.step import Totals, make_optimizers, reconstructions, train_step
 from models import LocalModule, build_network
 from models.auxiliary import auxiliary_head
 from models.context import IMAGE_ENCODERS, Contexts, ContextSupply, Encoder, ImageEncoder
@@ -179,6 +180,140 @@ def test_after_backward_comes_when_a_modules_gradients_are_there():
     assert seen == list(network.local_modules)
 
 
+# Exchanged and frozen modules
+
+
+def sgd_steps(network, batch, steps=2):
+    """Losses of some steps of plain SGD on what requires a gradient."""
+    found = []
+    for _ in range(steps):
+        found.append(network.local_step(*batch)[1])
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    return found
+
+
+def test_an_exchanged_module_is_run_trained_and_saved():
+    options = {"layers": 8, "context_mode": "R1"}
+    network, expected, batch = tiny(**options), tiny(**options), tiny_batch()
+    torch.manual_seed(7)
+    other = build_network(local_module_num=4, **options).double()
+    weights = {k: v for k, v in other.state_dict().items() if k.startswith("local_modules.1.")}
+    expected.load_state_dict(weights, strict=False)
+    assert network.stage == [*network.local_modules]
+    old, network.local_modules[1] = network.local_modules[1], other.local_modules[1]
+    before = {name: value.clone() for name, value in old.state_dict().items()}
+    seen = []
+    for each in (network, expected):
+        optimizers = make_optimizers(each)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1
+        for _ in range(2):
+            train_step(each, optimizers, *batch, Totals(each, batch[0].device))
+        seen.append([*each.local_step(*batch)[1], each.eval()(batch[0])])
+    assert all(map(torch.equal, *seen))
+    saved = expected.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
+    assert all(parameter.grad is None for parameter in old.parameters())
+
+
+def test_a_process_with_some_modules_runs_an_exchanged_one():
+    network, other = tiny(), tiny()
+    network.set_stage(range(1, 3), network.io)
+    assert network.stage == [*network.local_modules[1:3]]
+    network.local_modules[1] = other.local_modules[2]  # whose place was another
+    assert other.stage[2].index == 2
+    assert network.stage == [other.local_modules[2], network.local_modules[2]]
+    assert [module.index for module in network.stage] == [1, 2]
+
+
+def test_a_frozen_module_runs_forward_only():
+    """The others get the same bits as if it trained. BatchNorm follows eval() and train()."""
+    options, batch = {"layers": 8, "context_mode": "R1E", "droprate": 0.0}, tiny_batch()
+    plain, frozen = tiny(**options), tiny(**options)
+    frozen.local_modules[0].requires_grad_(False)
+    frozen.local_modules[2].requires_grad_(False)
+    frozen.local_modules[1].units.requires_grad_(False)  # partly
+    seen = []
+    expected, losses = plain.local_step(*batch)[1], frozen.local_step(*batch, seen.append)[1]
+    assert all(map(torch.equal, expected, losses))
+    assert seen == list(frozen.local_modules)
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in frozen.named_parameters():
+        index, part = name.split(".")[1:3]
+        if index in "02" or (index, part) == ("1", "units"):
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, gradients[name])
+    statistics = dict(plain.named_buffers())
+    assert all(torch.equal(value, statistics[name]) for name, value in frozen.named_buffers())
+
+
+def test_a_frozen_module_keeps_no_graph():
+    network, saved = tiny(layers=8, context_mode="R1E", recompute=True), []
+    keep = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None)
+    network.requires_grad_(False)
+    with keep:
+        _, values = network.local_step(*tiny_batch())
+    assert saved == [] and not any(value.requires_grad for value in values)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_frozen_module_needs_no_optimizer(amp):
+    torch.manual_seed(0)
+    network = build_network(layers=8, local_module_num=3, context_mode="R1E", amp=amp)
+    images, targets = torch.randn(8, 3, 12, 12), torch.arange(8)
+    network.local_modules[0].requires_grad_(False)
+    network.local_modules[1].units.requires_grad_(False)
+    optimizers = make_optimizers(network)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.1
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for _ in range(3):
+        train_step(network, optimizers, images, targets, Totals(network, images.device))
+    changed = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n, p in network.named_parameters() if p.requires_grad}
+    network.requires_grad_(False)  # afterwards, too
+    train_step(network, optimizers, images, targets, Totals(network, images.device))
+
+
+def test_modules_that_do_not_train_stay_as_they_are():
+    network = build_network(layers=8, local_module_num=4, context_mode="E", train_modules=[1, 3])
+    network.train()
+    assert [module.training for module in network.local_modules] == [False, True, False, True]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    sgd_steps(network, (torch.randn(8, 3, 12, 12), torch.arange(8)))
+    changed = {n for n, value in network.state_dict().items() if not torch.equal(value, before[n])}
+    assert {name.split(".")[1] for name in changed} == {"1", "3"}
+
+
+# The caller's own autocast
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrast"])
+@pytest.mark.parametrize(("amp", "enabled"), [("bf16", False), ("bf16", True), ("off", True)])
+def test_an_autocast_around_the_loop_changes_no_step(amp, enabled, loss):
+    """As with amp="bf16" alone. Its cache would keep the weights of the first step."""
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(6, 3, 12, 12, generator=generator), torch.arange(6) // 2
+    options = {"context_mode": "R1E", "layers": 8, "local_loss_mode": loss, **DECODERS}
+    found = []
+    for around, own in ((nullcontext(), "bf16"), (torch.autocast("cpu", enabled=enabled), amp)):
+        network = tiny(amp=own, **options).float()
+        with around:
+            losses = sgd_steps(network, batch, 3)
+            found.append((losses, network.eval()(batch[0])))
+        found[-1] += (network.state_dict(),)
+    (losses, logits, state), (own_losses, own_logits, own_state) = found
+    assert losses == own_losses and losses[0] != losses[1]
+    assert torch.equal(logits, own_logits)
+    assert all(torch.equal(value, own_state[name]) for name, value in state.items())
+
+
 # What is built
 
 
@@ -300,6 +435,8 @@ def test_an_encoder_with_a_forward_of_its_own_is_compiled_with_it(monkeypatch):
         ("image_size", [3], "image_size"),
         ("num_classes", [0], "num_classes"),
         ("amp", ["float16", "", None, True], "unknown amp"),
+        ("train_modules", [[4], [-1, 0], [], [0.5], 3, "01", [True]],
+         "train_modules must be among the modules 0 to 3"),
         ("context_group", [-1, 1.5, True, "16", None], "context_group must be a whole number"),
     ],
 )  # fmt: skip

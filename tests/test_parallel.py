@@ -1,13 +1,22 @@
 """Runs in several processes come to what one process does, and continue in any number of them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from cli import end_of, metrics_of, summary_of
+from fork_server import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs import InputError
 from engine.checkpoint import read_checkpoint
+from models import build_network
+from models.context import Contexts
+from parallel.transfer import crossing
+from report.results import read_runs
 
 TINY = [
     "--dataset", "digits", "--limit_per_class", "3", "--layers", "8", "--local_module_num", "4",
@@ -126,6 +135,86 @@ def test_the_same_bits_as_in_one_process(server, alone, name, ranges):
     assert len(printed) == 3 * 3 and (printed == steps) == (number == 1)  # those of rank 0
     described = check_figures_by_rank(server.folder / folder, number)
     assert described == {"processes": number, "strategy": "modules", "ranges": ranges}
+
+
+MADE_UP = [
+    "--dataset", "noise", "--model", "plain", "--layers", "8", "--local_module_num", "4",
+    "--context_mode", "R1S", "--aux_net_config", "pool2", "--local_loss_mode", "smooth",
+    "--epochs", "2", "--device", "cpu", "--module_ranges", "0-1", "2-3", "--train_modules", "1-3",
+]  # fmt: skip
+
+
+def test_parts_of_ones_own_in_several_processes(server):
+    """A context, a head, a loss, a backbone and a data set, each an entry of a user's script."""
+    of_one = [word for word in MADE_UP if word not in ("--module_ranges", "0-1", "2-3")]
+    script = {"main": "recipes.main"}
+    ended = server.run(*of_one, "--output_dir", "made_up/one", **script)
+    assert (ended.status, ended.err) == (0, [])
+    both = server.run_together(2, *MADE_UP, *MODULES, "--output_dir", "made_up/two", **script)
+    assert [(each.status, each.err) for each in both] == [(0, [])] * 2
+    one, two = (learned(server.folder / "made_up" / name) for name in ("one", "two"))
+    assert one == two
+    test = f"test error {one['metrics'][-1]['test_error']:.2f} %"
+    of_checkpoint = ["--evaluate", "made_up/two/checkpoint.pt", "--device", "cpu"]
+    assert test in server.run(*of_checkpoint, **script).out[-1]
+    evaluated = server.run_together(2, *of_checkpoint, *MODULES, **script)
+    assert test in evaluated[0].out[-1]
+    planned = server.run(*MADE_UP, *MODULES, "--dry_run", "--json", **script)
+    plan = json.loads(planned.out[-1])
+    assert plan["parallel"]["images"] == 64 and len(plan["modules"]) == 4
+    runs, notes = read_runs([server.folder / "made_up" / "one"])  # this process knows no part
+    assert notes == []
+    assert runs[["dataset", "K", "mode", "kind"]].to_numpy().tolist() == [
+        ["noise", 4, "R1S", "smooth"]
+    ]
+
+
+@pytest.mark.parametrize("is_carried", [False, True])
+def test_a_context_that_does_not_cross_as_it_is_is_refused(monkeypatch, is_carried):
+    """Here one of a module's input that has left the window of R1."""
+    push, named = Contexts.push, Contexts.named
+
+    def keep_and_push(self, h_in):
+        self.kept = [*getattr(self, "kept", []), h_in]
+        push(self, h_in)
+
+    def named_with_first(self):
+        kept = getattr(self, "kept", [])
+        return named(self) | ({"recent_first": kept[0]} if kept else {})
+
+    monkeypatch.setattr(Contexts, "push", keep_and_push)
+    monkeypatch.setattr(Contexts, "named", named_with_first)
+    if is_carried:
+        monkeypatch.setattr(Contexts, "pushed", lambda self: getattr(self, "kept", []))
+    arguments = {"layers": 8, "local_module_num": 4, "context_mode": "R1", "image_size": 8}
+    if is_carried:
+        cuts = crossing(arguments, torch.device("cpu"), True)
+        assert [len(specs) for specs in cuts] == [1, 2, 3]
+    else:
+        with pytest.raises(InputError, match="recent_first does not reach the next process"):
+            crossing(arguments, torch.device("cpu"), True)
+
+
+@slow
+def test_frozen_modules_with_data_in_parallel(server):
+    method = [*METHODS["R1E"], "--train_modules", "1-2"]
+    together(server, 2, "frozen", *method, how=["--parallel", "data", "--sync_bn"])
+    torch.manual_seed(0)
+    arguments = {"layers": 8, "local_module_num": 4, "context_mode": "R1E"}
+    decoders = {"h_reconstruct": True, "loss_scale": (5, 1, 5, 1), "local_loss_mode": "contrast"}
+    start = build_network(**arguments, **decoders).state_dict()
+    after = read_checkpoint(server.folder / "frozen/checkpoint.pt")
+    changed = {n.split(".")[1] for n, t in after.state_dict.items() if not torch.equal(t, start[n])}
+    assert changed == {"1", "2"} == {name.split(".")[1] for name in after.momentum}
+
+
+@slow
+def test_a_script_of_ones_own_under_torchrun(here):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--",
+               ROOT / "tests/recipes.py", *MADE_UP, *MODULES, "--output_dir", "run"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    assert len(metrics_of("run")) == 2
 
 
 @slow

@@ -103,11 +103,27 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, says):
     assert err[0].startswith("report: error: ") and says in err[0]
 
 
+def test_names_that_a_script_has_added_are_listed(tmp_path):
+    """Of a context, a loss, a head, a backbone and a data set; this process knows none of them."""
+    for name, config in {
+        "context": {"context_mode": "R1S"},
+        "others": {"local_loss_mode": "smooth", "aux_net_config": "pool2", "model": "plain"},
+        "data": {"dataset": "noise", "image_size": 16, "batch_size": 8, "lr": 0.3},
+    }.items():
+        a_run(tmp_path / name, **config)
+    written, notes = report.write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out/all_runs.md").read_text()
+    assert notes == [] and written[0].exists()
+    assert "| R1S, softmax |" in text and "| E, smooth |" in text
+    assert "noise, image_size 16, batch_size 8, lr 0.3" in text
+    assert "cifar10, model plain, aux_net_config pool2" in text
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         {"results": {"error_last": "low"}}, {"results": {"peak_memory_bytes": None}},
-        {"dataset": "imagenet"}, {"context_mode": "ER1"}, {"local_module_num": 99},
+        {"context_mode": "ER1"}, {"local_module_num": 99},
         {"seed": [0]}, {"cuts": 5},
     ],
 )  # fmt: skip

@@ -264,6 +264,42 @@ def test_a_run_that_goes_on_in_another_precision_measures_its_own_peak(train_py)
 # Nothing is overwritten
 
 
+def test_modules_are_trained_one_after_another(train_py, refused):
+    """Frozen ones keep their bits, statistics too; trained ones get those of a run of all."""
+    method = [*TINY_NET, "--local_module_num", "3", "--context_mode", "R1E", "--batch_size", "4",
+              "--no-channels_last", "--no-cos_lr"]  # fmt: skip
+    first = ["--epochs", "1", "--train_modules", "0-1", "--output_dir", "first"]
+    assert train_py(*method, "--epochs", "1", "--output_dir", "all")[0] == 0
+    status, out, err = train_py(*method, *first)
+    assert (status, err) == (0, []) and out[0].endswith("training modules 0 1 alone")
+    second = ["--epochs", "2", "--train_modules", "2", "--output_dir", "second"]
+    assert train_py("--resume", "first/checkpoint.pt", "--device", "cpu", *second)[0] == 0
+    assert "second is finished" in train_py(*method, *second, "--resume", "auto")[1][0]
+    together, alone, after = (
+        read_checkpoint(f"{name}/checkpoint.pt") for name in ("all", "first", "second")
+    )
+    torch.manual_seed(5)
+    start = models.build_network(layers=8, local_module_num=3, context_mode="R1E").state_dict()
+    for name, value in alone.state_dict.items():
+        if name.startswith("local_modules.2."):
+            assert torch.equal(value, start[name])
+            is_weight = name in together.momentum
+            assert not is_weight or not torch.equal(value, after.state_dict[name])
+        else:
+            assert torch.equal(value, together.state_dict[name])
+            assert torch.equal(value, after.state_dict[name])
+    assert {name.split(".")[1] for name in alone.momentum} == {"0", "1"}
+    assert {name.split(".")[1] for name in after.momentum} == {"2"}
+    assert summary_of("second")["config"]["train_modules"] == [2]
+    assert len(metrics_of("second")[0]["test_errors"]) == 3
+    _, (plan,), _ = train_py(*method, *first, "--dry_run", "--json")
+    assert json.loads(plan)["peak_bytes"] == summary_of("first")["peak_memory_bytes"]
+    _, (all_train,), _ = train_py(*method, "--dry_run", "--json")
+    peaks = [[m["peak_bytes"] for m in json.loads(p)["modules"]] for p in (plan, all_train)]
+    assert peaks[0][2] < peaks[1][2]
+    assert "train_modules must be among" in refused(*method, "--train_modules", "2-3")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
