@@ -2,6 +2,7 @@
 # ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
+# ./command.sh gpu     checks and measures on a CUDA device, at most 9 minutes: docs/gpu/<device>.md
 # ./command.sh test    the fast tests, in two processes; all tests with --slow
 # ./command.sh list    the paper's experiments and how many runs each has
 # ./command.sh table1 | table2 | table3 | figure4 | figure5 | table4 | all
@@ -16,7 +17,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 usage() {
-    sed -n '2,14s/^# //p' command.sh
+    sed -n '2,15s/^# //p' command.sh
 }
 
 fail() {
@@ -241,6 +242,10 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
                 --local_loss_mode cross_entropy \
                 --versus="--amp bf16" --versus="--amp bf16 --compile" "${@:2}"
         done
+        ;;
+    gpu)
+        prepare
+        run_until_signal .venv/bin/python -m planning.gpu "${@:2}"
         ;;
     test)
         prepare

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes, is_image_file
@@ -96,6 +94,12 @@ STL10 = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "sh
 
 def _digits(data_dir: Path) -> ImageData:
     """Return scikit-learn's 8x8 grey images, enlarged by 4, in a stratified 80/20 split."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        what = "scikit-learn is not installed, which has digits: pip install scikit-learn, or "
+        raise InputError(f"{what}choose another --dataset") from error
     digits = load_digits()
     grey = torch.from_numpy(digits.images) * (255 / 16)  # 17 levels, 0..16
     images = grey.round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)

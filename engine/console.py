@@ -10,20 +10,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from configs import one_line
 from engine.memory import readable
 from models import ContSupNetwork
 
 
-class Progress(tqdm):
-    """A bar on a terminal, lines elsewhere; use it with `with`."""
+class Progress:
+    """A bar on a terminal, lines elsewhere or without tqdm; use it with `with`."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
-        self.title = f"epoch {epoch:3}/{epochs}"
-        super().__init__(total=steps, initial=done, desc=self.title, leave=False,
-                         file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
+        self.title, self.total, self.bar = f"epoch {epoch:3}/{epochs}", steps, None
+        if sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=steps, initial=done, desc=self.title, leave=False,
+                                file=sys.stdout)  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self) -> None:
+        """Count a step."""
+        if self.bar is not None:
+            self.bar.update()
 
     def show(self, step: int, losses: list[float], has_last: bool) -> None:
         """Show this process's mean losses up to `step`, from 1.
@@ -36,8 +50,9 @@ class Progress(tqdm):
         text = f"mean of rank 0's local losses {mean:.4f}"
         if has_last:
             text = f"loss {losses[-1]:.4f}, mean of the local losses {mean:.4f}"
-        self.set_postfix_str(text)
-        if self.disable:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
             print(f"{self.title}  step {step:4}/{self.total}  {text}", flush=True)
 
 
