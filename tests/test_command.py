@@ -265,3 +265,9 @@ def test_bad_input(clone, arguments, environment, says):
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[0]
     assert not (clone / "calls").exists()
+
+
+def test_the_gpu_target_passes_the_status_on(clone):
+    done = command("gpu", "--more", cwd=clone, FAILS="planning.gpu", STATUS="2")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert calls_in(clone) == ["-m planning.gpu --more"]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,22 @@ def test_pieces_within_a_process_run_on_the_cpu():
     figures = gpu.profile_steps(CPU, TINY_NET, steps=1)
     shares = [f["value"] for f in figures if f["unit"] == "%"]
     assert shares == [0, 100] * 3  # no CUDA kernels
+    assert gpu.find_waits(CPU, TINY_NET) == [
+        gpu.figure("synchronising calls in a step", 0, "calls")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_calls_that_wait_are_named(monkeypatch):
+    def step():
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    line = step.__code__.co_firstlineno + 1
+    assert gpu.synchronising_calls(step) == [f"test_gpu.py:{line}"]
+    monkeypatch.setattr(gpu, "make_step", lambda *_: (step, None, 0))
+    with pytest.raises(gpu.Failed, match=f"waits for the device at test_gpu.py:{line}"):
+        gpu.find_waits(CPU)
 
 
 @pytest.mark.slow
@@ -130,7 +147,7 @@ def test_runs_of_train_py_on_the_cpu(tmp_path):
     assert [f["what"] for f in figures] == ["test error", "peak of a step"]
     (same,) = gpu.compare_bits(until, "cpu", tmp_path)
     assert same["value"] == 3
-    with pytest.raises(gpu.Failed, match=r"train\.py: error: .*--layers"):
+    with pytest.raises(gpu.Failed, match=r"train\.py: error: a ResNet has 6n"):
         gpu.train(until, "cpu", tmp_path, "--layers 9", name="wrong")
 
 
@@ -141,7 +158,7 @@ def test_each_piece_has_options_that_train_py_takes(tmp_path, monkeypatch):
     assert len(trained) == 4 * 4 + 2
     for options in trained:
         gpu.read_options(["--dataset", "folder", *gpu.TINY.split(), *options.split()])
-    assert [p.name for p in alone[:3]] == list(gpu.IN_PROCESS)
+    assert [p.name for p in alone[:4]] == list(gpu.IN_PROCESS)
     calls = []
     monkeypatch.setattr(gpu, "run", lambda until, *command: calls.append(command) or "[]")
     for piece in alone:
