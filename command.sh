@@ -2,6 +2,7 @@
 # ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
+# ./command.sh gpu     checks and measures on a CUDA device, at most 9 minutes: docs/gpu/<device>.md
 # ./command.sh test    the fast tests, in two processes; all tests with --slow; with --matrix the
 #                      fast ones on the oldest and the newest Python and torch, and one between
 # ./command.sh list    the paper's experiments and how many runs each has
@@ -19,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 usage() {
-    sed -n '2,17s/^# //p' command.sh
+    sed -n '2,18s/^# //p' command.sh
 }
 
 fail() {
@@ -312,6 +313,15 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
                 --local_loss_mode cross_entropy \
                 --versus="--amp bf16" --versus="--amp bf16 --compile" "${@:2}"
         done
+        ;;
+    gpu)
+        # Without network nothing can be installed: any Python that has torch will do.
+        if [ ! -e .venv ] && has_torch "${PYTHON:-python3}"; then
+            python=${PYTHON:-python3}
+        else
+            prepare
+        fi
+        run_until_signal "$python" -m planning.gpu "${@:2}"
         ;;
     test)
         if [ "${2:-}" = --matrix ]; then

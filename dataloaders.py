@@ -6,6 +6,7 @@ overlap with the computation on the batch before.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import sys
@@ -19,14 +20,13 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes, is_image_file
@@ -159,7 +159,7 @@ def _divide(targets: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     Both have the classes in the same proportions. Raises InputError where they cannot have.
     """
     try:
-        rows = train_test_split(
+        rows = _scikit_learn("model_selection").train_test_split(
             np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets.numpy()
         )
     except ValueError as error:
@@ -210,16 +210,25 @@ STL10 = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "sh
 
 def _digits(data_dir: Path) -> ImageData:
     """Return scikit-learn's 8x8 grey images, enlarged by 4, in a stratified 80/20 split."""
-    digits = load_digits()
+    digits = _scikit_learn("datasets").load_digits()
     grey = torch.from_numpy(digits.images) * (255 / 16)  # 17 levels, 0..16
     images = grey.round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
     images = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     targets = torch.from_numpy(digits.target).long()
-    rows = train_test_split(
-        np.arange(len(targets)), test_size=0.2, random_state=0, stratify=digits.target
-    )
-    train, test = (Split(images[part], targets[part]) for part in map(np.sort, rows))
-    return ImageData(train, test, DIGITS)
+    kept, held_out = _divide(targets, 0.2, seed=0)
+    splits = Split(images[kept], targets[kept]), Split(images[held_out], targets[held_out])
+    return ImageData(*splits, DIGITS)
+
+
+def _scikit_learn(part: str) -> ModuleType:
+    """Return a module of scikit-learn; raise InputError if that is not installed."""
+    try:
+        return importlib.import_module(f"sklearn.{part}")
+    except ImportError as error:
+        raise InputError(
+            "scikit-learn, which has digits and divides data, is not installed: pip install "
+            "scikit-learn, or choose another --dataset and no --val_fraction"
+        ) from error
 
 
 def _read_split(name: str, root: Path, train: bool, download: bool) -> tuple[Split, list[str]]:

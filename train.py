@@ -37,6 +37,7 @@ from engine.training import Training
 from models import ContSupNetwork, build_network
 from parallel.launch import first_speaks, make_strategy
 from planning.dry_run import choose_network, dry_run
+from planning.plan import accuracy_of_plan, planned_peak
 
 
 @dataclass
@@ -159,6 +160,9 @@ def train(job: Job, strategy: Strategy) -> None:
         if checkpoints := folder.checkpoints():
             error.advice += f"; to begin from the last checkpoint, add --resume {checkpoints[0]}"
         raise
+    if device.type == "cuda" and strategy.size == 1:  # a plan is of one process
+        planned = planned_peak(job.arguments, train_batches.sizes()[0])
+        print(accuracy_of_plan(planned, training.peak.bytes), flush=True)
 
 
 def how_to_continue(folder: RunFolder) -> str:

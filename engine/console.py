@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from tqdm import tqdm
-
 from configs import one_line
 
 if TYPE_CHECKING:  # options are checked before torch is imported
+    from tqdm import tqdm
+
     from dataloaders import ImageData
     from models import ContSupNetwork
 
@@ -32,13 +32,24 @@ def readable(count: int) -> str:
     return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.2f} GiB"
 
 
-class Progress(tqdm):
-    """A bar on a terminal, lines elsewhere; use it with `with`."""
+class Progress:
+    """A bar on a terminal, lines elsewhere or without tqdm; use it with `with`."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
-        self.title = f"epoch {epoch:3}/{epochs}"
-        super().__init__(total=steps, initial=done, desc=self.title, leave=False,
-                         file=sys.stdout, disable=not sys.stdout.isatty())  # fmt: skip
+        self.title, self.total = f"epoch {epoch:3}/{epochs}", steps
+        self.bar = terminal_bar(self.title, steps, done)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self) -> None:
+        """Count a step."""
+        if self.bar is not None:
+            self.bar.update()
 
     def show(self, step: int, losses: list[float], has_last: bool) -> None:
         """Show this process's mean losses up to `step`, from 1.
@@ -51,16 +62,29 @@ class Progress(tqdm):
         text = f"mean of rank 0's local losses {mean:.4f}"
         if has_last:
             text = f"loss {losses[-1]:.4f}, mean of the local losses {mean:.4f}"
-        self.set_postfix_str(text)
-        if self.disable:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
             print(f"{self.title}  step {step:4}/{self.total}  {text}", flush=True)
 
     def show_compiling(self, module: int, modules: int) -> None:
         """Show that this module's step is being compiled; the first of a kind takes long."""
         text = f"compiling module {module} of 0-{modules - 1}"
-        self.set_postfix_str(text)
-        if self.disable:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
             print(f"{self.title}  {text}", flush=True)
+
+
+def terminal_bar(title: str, total: int, done: int = 0) -> "tqdm | None":
+    """Return a progress bar; None where the output is no terminal or tqdm is not installed."""
+    if not getattr(sys.stdout, "isatty", bool)():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, initial=done, desc=title, leave=False, file=sys.stdout)
 
 
 def watched(things: Iterable[T], title: str, total: int) -> Iterator[T]:
@@ -70,15 +94,16 @@ def watched(things: Iterable[T], title: str, total: int) -> Iterator[T]:
         title: what is being done.
         total: number of things.
     """
-    if getattr(sys.stdout, "isatty", bool)():
-        yield from tqdm(things, title, total, leave=False, file=sys.stdout)
-        return
-    shown = time.monotonic()
+    bar, shown = terminal_bar(title, total), time.monotonic()
     for done, thing in enumerate(things, start=1):
         yield thing
-        if done < total and time.monotonic() - shown >= LINE_EVERY:
+        if bar is not None:
+            bar.update()
+        elif done < total and time.monotonic() - shown >= LINE_EVERY:
             print(f"{title}  {done:,}/{total:,}", flush=True)
             shown = time.monotonic()
+    if bar is not None:
+        bar.close()
 
 
 class ForgivingStream:

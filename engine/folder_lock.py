@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from configs import InputError, one_line
 from engine.console import note
 from engine.errors import CannotSave
@@ -28,7 +26,14 @@ def locked(path: Path) -> Iterator[None]:
     """Lock a folder, which is made if need be, and removed again if nothing is put into it.
 
     The system gives up the lock of a process that dies: a stale lock file is in nobody's way.
+
+    Raises InputError where another process has it, and CannotSave where the disk is full.
     """
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:  # PyTorch's own packages ask for it: it is nearly always there
+        what = "filelock is not installed, which locks the run folder: pip install filelock"
+        raise InputError(what) from error
     # Not filelock's own choice: where files can't be locked it may take a lock that outlives us.
     is_soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
     lock = FileLock(path / LOCK, timeout=0, **({"fallback_to_soft": False} if is_soft else {}))

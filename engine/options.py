@@ -9,6 +9,7 @@ import math
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +35,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}{hint}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does, but refuse `--option=--`, of which argparse makes []."""
+        """Parse as argparse does, but refuse `--option=--`, of which some versions make []."""
         earlier = getattr(namespace, "loss_scale", None)
+        args = sys.argv[1:] if args is None else args
+        for argument in args:
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument[:-3]}: expected one argument")
         options, unknown = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            value = getattr(options, action.dest, None)
-            if action.nargs is None and value == [] and value is not action.default:
-                self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         self._join_loss_scale(options, earlier)
         return options, unknown
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 
 from configs import one_line
@@ -23,6 +21,10 @@ def _or_give_up(write: Callable[..., None]) -> Callable[..., None]:
         try:
             if not self.failed:
                 write(self, *args)
+        except ImportError:
+            self.failed = True
+            self.warn("tensorboard is not installed (pip install tensorboard): the run goes on "
+                      "without its events")  # fmt: skip
         except Exception as error:  # of file systems and of TensorBoard
             self.failed = True
             self.warn(f"TensorBoard's events can't be written ({one_line(error)}): the run goes on")
@@ -43,6 +45,8 @@ class Board:
 
     @_or_give_up
     def _open(self, folder: Path, first_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self.events = SummaryWriter(str(folder), purge_step=first_epoch)
 
     @_or_give_up
@@ -71,6 +75,8 @@ class Board:
     @_or_give_up
     def add_hparams(self, options: dict[str, object], summary: dict) -> None:
         """Add options and results to the HParams tab, and close the events."""
+        from torch.utils.tensorboard.summary import hparams
+
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in options.items()}
         results = {
             "final/error_last": summary["error_last"],

@@ -93,6 +93,18 @@ def make_plan(arguments: dict[str, Any], batch_size: int) -> Plan:
     )
 
 
+def planned_peak(arguments: dict[str, Any], batch_size: int) -> int:
+    """Return the peak bytes of `make_plan`, for the same arguments and errors."""
+    with FakeTensorMode():
+        return max(step_peaks(build_network(**arguments), *fake_batch(arguments, batch_size)))
+
+
+def accuracy_of_plan(planned: int, measured: int) -> str:
+    """Return a line that compares a planned peak with a measured one, in bytes."""
+    return (f"planned peak {readable(planned)}, measured {readable(measured)}: accuracy "
+            f"{planned / measured:.3f} (planned / measured)")  # fmt: skip
+
+
 def end_to_end_peaks(arguments: dict[str, Any], batch_size: int) -> tuple[int, int]:
     """Return the peak bytes of end-to-end training, without and with `recompute`.
 

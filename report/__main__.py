@@ -33,9 +33,17 @@ from pathlib import Path
 
 from configs import InputError, one_line
 from engine.files import write_text
-from report import tables
-from report.figures import write_figures
-from report.results import read_runs
+
+try:
+    from report import tables
+    from report.figures import write_figures
+    from report.results import read_runs
+except ModuleNotFoundError as error:
+    package = (error.name or "").split(".")[0]
+    if package not in ("matplotlib", "pandas"):
+        raise
+    print(f"report: error: {package} is not installed: pip install {package}", file=sys.stderr)
+    sys.exit(2)
 
 
 def write_report(roots: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:

@@ -10,6 +10,15 @@ from fork_server import Server
 torch.set_num_threads(1)  # the nets are tiny, and threads that wait for a busy core cost minutes
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    """Mark as `cuda` what is skipped without CUDA: planning/gpu.py runs these tests."""
+    for item in items:
+        reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+        if any("CUDA" in reason for reason in reasons):
+            item.add_marker("cuda")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to run in, and a test split of 40 images."""

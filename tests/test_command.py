@@ -273,6 +273,12 @@ def test_bad_input(clone, arguments, environment, says):
     assert not (clone / "calls").exists()
 
 
+def test_the_gpu_target_passes_the_status_on(clone):
+    done = command("gpu", "--more", cwd=clone, FAILS="planning.gpu", STATUS="2")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert calls_in(clone) == ["-m planning.gpu --more"]
+
+
 HALF_MADE = f"""#!/bin/sh
 case "$1 $2" in
     "-c "*) exec {sys.executable} "$@" ;;

@@ -19,9 +19,10 @@ import torch
 from cli import TINY as OF_16
 from cli import end_of, metrics_of
 from fork_server import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
 import train
-from engine import folder_lock, run_folder, tensorboard, training
+from engine import folder_lock, run_folder, training
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.errors import exit_status
 from engine.signals import INTERRUPTS, SIGNALS, Interrupts
@@ -198,7 +199,7 @@ def test_tensorboard_and_metrics_may_fail_but_not_the_summary(train_py, monkeypa
         write(path, text)
 
     monkeypatch.setattr(run_folder, "write_text", fail_at_first)
-    monkeypatch.setattr(tensorboard.SummaryWriter, "add_scalar", Mock(side_effect=full))
+    monkeypatch.setattr(SummaryWriter, "add_scalar", Mock(side_effect=full))
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "add_summary", Mock(side_effect=full))
         status, _, err = train_py(*TINY, "--output_dir", "run")

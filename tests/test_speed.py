@@ -3,6 +3,8 @@
 Nets are in float64 where numbers must be the same; then only the order of sums may differ.
 """
 
+import re
+
 import pytest
 import torch
 import torch._dynamo
@@ -373,8 +375,9 @@ def test_run_on_cuda(train, monkeypatch, options, tolerance):
     monkeypatch.setattr(ContSupNetwork.compile_steps, "__defaults__", ("inductor",))
     assert train(*ON_CPU, "--output_dir", "cpu")[0] == 0
     device = f"cuda:{torch.cuda.device_count() - 1}"
-    status, _, err = train(*ON_CPU, "--device", device, *options, "--output_dir", "run")
+    status, out, err = train(*ON_CPU, "--device", device, *options, "--output_dir", "run")
     assert (status, err) == (0, [])
+    assert re.fullmatch(r"planned peak .* accuracy \d\.\d+ \(planned / measured\)", out[-1])
     assert_same(losses_of("run"), losses_of("cpu"), tolerance)
     summary = summary_of("run")
     assert "max_memory_allocated" in summary["peak_memory_how"]
