@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./command.sh demo    train a 4-part ResNet-32 with context E on real digits, in a few minutes
+# ./command.sh demo    train a 4-module ResNet-32 with context E on real digits
 # ./command.sh plan    the fewest modules that train in 1 GiB, for three depths; some minutes
 # ./command.sh speed   training steps of ResNet-32 against plain modules; some minutes
 # ./command.sh gpu     checks and measures on a CUDA device, at most 9 minutes: docs/gpu/<device>.md
