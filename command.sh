@@ -30,16 +30,23 @@ fail() {
 
 python=.venv/bin/python # or another that has torch, as `prepare` finds
 
+# has_torch PYTHON: whether it has versions that this code runs with.
 has_torch() {
-    "$1" -c 'from importlib.util import find_spec
-raise SystemExit(find_spec("torch") is None)' 2> /dev/null
+    "$1" -c 'import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+torch = tuple(map(int, version("torch").split(".")[:2]))
+sys.exit(sys.version_info < (3, 10) or torch < (2, 6) or not find_spec("torchvision"))' 2> /dev/null
 }
 
-# Use the active virtual environment if torch is in it: nothing is installed there.
+# Use the active virtual environment if torch 2.6 is in it: nothing is installed there.
 use_active_environment() {
     local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-    if [ -z "${PYTHON:-}" ] && [ -n "$active" ] && has_torch "$active/bin/python"; then
+    [ -z "${PYTHON:-}" ] && [ -n "$active" ] || return 0
+    if has_torch "$active/bin/python"; then
         python=$active/bin/python
+    else
+        echo "command.sh: note: the active environment lacks torch 2.6 or later, or torchvision" >&2
     fi
 }
 

@@ -6,7 +6,9 @@ overlap with the computation on the batch before.
 """
 
 import contextlib
+import errno
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -21,7 +23,7 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ from torchvision import datasets
 from torchvision.datasets.folder import find_classes, is_image_file
 
 from configs import DATASETS, DatasetConfig, InputError, one_line, printable
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 class Split(NamedTuple):
@@ -294,23 +299,45 @@ def _files_of(name: str) -> str:
     return f"{dataset.base_folder}/ (extracted from {dataset.url})"
 
 
+def file_lock(path: Path) -> "FileLock":
+    """Return a lock of a file, which the system gives up when the process dies.
+
+    Acquiring it raises TimeoutError while another process has it. Raises InputError if filelock is
+    not installed.
+    """
+    try:
+        from filelock import FileLock
+    except ImportError as error:  # PyTorch's own packages ask for it: it is nearly always there
+        raise InputError(
+            "filelock, which locks files, is not installed: pip install filelock"
+        ) from error
+    # Not filelock's own choice: where files can't be locked it may take a lock that outlives us.
+    is_soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    return FileLock(path, **({"fallback_to_soft": False} if is_soft else {}))
+
+
+def cannot_lock(error: OSError | NotImplementedError) -> bool:
+    """Return whether the file system has no locks; early filelocks raise NotImplementedError."""
+    codes = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP
+    return getattr(error, "errno", errno.ENOSYS) in codes
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Lock a file, which stays; wait while another process holds it.
 
     The system gives up the lock of a process that dies.
     """
-    from filelock import FileLock, Timeout  # here, because only a download needs it
-
-    lock = FileLock(path)
+    lock = file_lock(path)
     try:
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except TimeoutError:
             print(f"waiting for another process, which has {path}", file=sys.stderr, flush=True)
             lock.acquire()
-        except NotImplementedError:  # the file system has no locks: as good as alone
-            pass
+        except (OSError, NotImplementedError) as error:
+            if not cannot_lock(error):  # else as good as alone
+                raise
         yield
     finally:
         lock.release()

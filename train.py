@@ -160,7 +160,7 @@ def train(job: Job, strategy: Strategy) -> None:
         if checkpoints := folder.checkpoints():
             error.advice += f"; to begin from the last checkpoint, add --resume {checkpoints[0]}"
         raise
-    if device.type == "cuda" and strategy.size == 1:  # a plan is of one process
+    if device.type == "cuda" and strategy.size == 1 and training.peak.bytes:  # of one process
         planned = planned_peak(job.arguments, train_batches.sizes()[0])
         print(accuracy_of_plan(planned, training.peak.bytes), flush=True)
 

@@ -95,15 +95,17 @@ def watched(things: Iterable[T], title: str, total: int) -> Iterator[T]:
         total: number of things.
     """
     bar, shown = terminal_bar(title, total), time.monotonic()
-    for done, thing in enumerate(things, start=1):
-        yield thing
+    try:
+        for done, thing in enumerate(things, start=1):
+            yield thing
+            if bar is not None:
+                bar.update()
+            elif done < total and time.monotonic() - shown >= LINE_EVERY:
+                print(f"{title}  {done:,}/{total:,}", flush=True)
+                shown = time.monotonic()
+    finally:
         if bar is not None:
-            bar.update()
-        elif done < total and time.monotonic() - shown >= LINE_EVERY:
-            print(f"{title}  {done:,}/{total:,}", flush=True)
-            shown = time.monotonic()
-    if bar is not None:
-        bar.close()
+            bar.close()
 
 
 class ForgivingStream:

@@ -62,7 +62,7 @@ def start_script(check: Callable[[list[str]], object]) -> None:
         return  # the first of torchrun's processes says it, and `main` ends this one
     try:
         check(sys.argv[1:])
-    except (SystemExit, InputError) as ended:
+    except (SystemExit, InputError, OSError) as ended:
         run_script(partial(_raise, ended))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import inspect
 import os
 import socket
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs import InputError, one_line
+from dataloaders import cannot_lock, file_lock
 from engine.console import note
 from engine.errors import CannotSave
 
 LOCK = ".lock"
 """File in a folder that says which process trains into it."""
-
-CANNOT_LOCK = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP
 
 ELSEWHERE = "choose another --output_dir, --name or --no"
 
@@ -29,27 +27,20 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises InputError where another process has it, and CannotSave where the disk is full.
     """
-    try:
-        from filelock import FileLock, Timeout
-    except ImportError as error:  # PyTorch's own packages ask for it: it is nearly always there
-        what = "filelock is not installed, which locks the run folder: pip install filelock"
-        raise InputError(what) from error
-    # Not filelock's own choice: where files can't be locked it may take a lock that outlives us.
-    is_soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
-    lock = FileLock(path / LOCK, timeout=0, **({"fallback_to_soft": False} if is_soft else {}))
+    lock = file_lock(path / LOCK)
     try:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
+        lock.acquire(timeout=0)
+    except TimeoutError as error:
         owner = "another process"
         with contextlib.suppress(OSError, ValueError):
             owner = (path / LOCK).read_text().strip() or owner
         raise InputError(f"{path} is in use by {owner}: wait, or {ELSEWHERE}") from error
     except FileExistsError as error:
         raise InputError(f"{path} is a file, so it can't be the run folder: {ELSEWHERE}") from error
-    except (OSError, NotImplementedError) as error:  # the latter of older versions, for ENOSYS
-        if getattr(error, "errno", errno.ENOSYS) not in CANNOT_LOCK:
+    except (OSError, NotImplementedError) as error:
+        if not cannot_lock(error):
             raise cannot_write(path, error) from error
         note(f"{path} can't be locked here: see to it that no other run goes there")
     try:

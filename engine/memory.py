@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from models.torch_internals import TorchDispatchMode
+from models.torch_internals import TorchDispatchMode, allocations
 
 
 class LiveBytes(TorchDispatchMode):
@@ -88,10 +88,7 @@ class AllocatedBytes:
 
     def __exit__(self, *exception: object) -> None:
         self.profiler.__exit__(*exception)
-        events = self.profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        given = accumulate((nbytes for _, nbytes in changes), initial=self.before)
-        self.peak = max(given)
+        self.peak = max(accumulate(allocations(self.profiler), initial=self.before))
 
 
 class PeakMemory:

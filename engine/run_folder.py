@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import socket
 import statistics
 import sys
@@ -179,22 +180,26 @@ class RunFolder:
         return isinstance(summary.get("error_last"), int | float) and self._has_options_of(summary)
 
     def note_other_epochs(self) -> None:
-        """Note a run beside this new one that differs only in --epochs, and how to go on."""
+        """Note a run beside this new one that is the same with fewer --epochs, and how to go on."""
         ignored = {*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS, "epochs", "warmup_epochs"}
-        for config in sorted(self.path.parent.glob("*/config.json")):
+        shorter: dict[Path, int] = {}
+        for config in self.path.parent.glob("*/config.json"):
             earlier = _read_json(config)
             checkpoint = config.parent / str(earlier.get("checkpoint", ".")) / "checkpoint.pt"
             if (
-                earlier
-                and earlier.get("epochs") != self.options["epochs"]
+                earlier.get("epochs", math.inf) < self.options["epochs"]
                 and not self._changed(earlier, ignoring=ignored - {"name", "no"})
                 and checkpoint.exists()
             ):
-                note(
-                    f"this run begins at its start. {config.parent} has the same with --epochs "
-                    f"{earlier.get('epochs')}: to go on from there, --resume {checkpoint} "
-                    f"--output_dir {self.path}"
-                )
+                shorter[checkpoint] = earlier["epochs"]
+        if shorter:
+            longest = max(shorter, key=shorter.get)
+            folder = shlex.quote(f"{self.path}-continued")
+            note(
+                f"this run begins at its start. Another is the same with --epochs "
+                f"{shorter[longest]}: to go on from there in a third folder, "
+                f"--resume {shlex.quote(str(longest))} --output_dir {folder}"
+            )
 
     def is_planned(self, in_parallel: bool = False) -> bool:
         """Return whether the plan of the same options is here, for several processes if asked."""

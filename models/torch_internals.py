@@ -1,4 +1,6 @@
-"""The names of PyTorch that are not public, with what stands in where a version lacks one."""
+"""The names of PyTorch that are not public. Where a version lacks one that not all runs need, the
+others go on: see each function. FakeTensorMode and TorchDispatchMode are in torch 2.6 to 2.14.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ __all__ = [
     "COMPILES_CHECKPOINTS",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "allocations",
     "compile_errors",
     "hidden_from_profiler",
     "keep_graphs_whole",
@@ -49,6 +52,13 @@ def keep_graphs_whole() -> None:
     """
     if hasattr(torch._dynamo.config, "optimize_ddp"):
         torch._dynamo.config.optimize_ddp = False
+
+
+def allocations(profiler: torch.profiler.profile) -> list[int]:
+    """Return the bytes of each allocation, and of each release below 0, in the order of time."""
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return [nbytes for _, nbytes in changes]
 
 
 @contextmanager

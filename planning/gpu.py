@@ -55,8 +55,10 @@ from engine.files import write_json, write_text
 from engine.memory import PeakMemory
 from engine.options import read_options
 from engine.provenance import git_state, versions
+from engine.signals import SIGNALS
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
+from models.torch_internals import COMPILES_CHECKPOINTS
 from planning.dry_run import choose_network
 from planning.plan import planned_peak
 
@@ -122,6 +124,10 @@ def run(until: float, *command: str, kill_at: Path | None = None) -> str:
                     if kill_at is not None and kill_at.exists():
                         process.kill()
         finally:  # also processes that it has left behind, or if this one is interrupted
+            if process.poll() is None:  # torchrun ends its workers, whose sessions are others
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != (0 if kill_at is None else -signal.SIGKILL):
@@ -167,11 +173,12 @@ def train(
 
 
 def train_in_parallel(until: float, device: str, folder: Path) -> Figures:
-    """Train with --parallel modules on all GPUs, of which the four modules can use four."""
-    if (count := min(torch.cuda.device_count(), 4)) < 2:
+    """Train with --parallel modules on all GPUs, each of which has a module or more."""
+    if (count := torch.cuda.device_count()) < 2:
         raise LeftOut(f"it needs two CUDA devices, and there are {count}")
     start = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"
-    options = "--context_mode R1E --parallel modules"
+    options = "--context_mode R1E --parallel modules --layers 98 --local_module_num"
+    options = f"{options} {max(count, 4)}"
     figures = train(until, device, folder, options, "parallel", start)
     return [figure("processes", count, "processes"), *figures]
 
@@ -367,7 +374,8 @@ def make_pieces(device: str, folder: Path) -> tuple[list[Piece], list[Piece]]:
     """Return the pieces that may run side by side, and those that are timed, one by one."""
     trained = {f"{mode}, {name}": f"--context_mode {mode} --amp {precision}"
                for mode in MODES for name, precision in PRECISIONS.items()}  # fmt: skip
-    trained |= {f"{mode}, compiled": f"--context_mode {mode} --compile" for mode in MODES}
+    compiled = "--compile" if COMPILES_CHECKPOINTS else "--compile --context_group 0"
+    trained |= {f"{mode}, compiled": f"--context_mode {mode} {compiled}" for mode in MODES}
     trained["contrast"] = "--context_mode R1E --local_loss_mode contrast"
     trained["decoders"] = "--context_mode R1E --h_reconstruct --loss_scale 1 1 1 1"
     together = [Piece("CUDA tests", 200, run_tests)]
@@ -474,10 +482,14 @@ def page(result: dict[str, Any]) -> str:
 def write_result(pieces: list[dict[str, Any]], folder: Path) -> int:
     """Write the JSON and its page; return the exit status, 1 if a piece has failed."""
     result = facts() | {"pieces": pieces}
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / file_name(result["device"])
-    write_json(target.with_suffix(".json"), result)
-    write_text(target.with_suffix(".md"), page(result))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(target.with_suffix(".json"), result)
+        write_text(target.with_suffix(".md"), page(result))
+    except OSError as error:  # the figures took minutes
+        print(json.dumps(result), f"gpu: error: cannot write: {one_line(error)}", sep="\n")
+        return 1
     print(f"written: {target}.json, {target}.md")
     return int(any(piece["status"] == "failed" for piece in pieces))
 
@@ -490,17 +502,18 @@ def main() -> int:
     if own.piece is not None:
         print(json.dumps(IN_PROCESS[own.piece](torch.device(own.device))))
         return 0
+    stopped: list[int] = []
     if not torch.cuda.is_available():
         print("gpu: error: PyTorch sees no CUDA device here", file=sys.stderr)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):  # processes in sessions of their own would stay
-        signal.signal(number, lambda *_: STOP.set())
+    for number in SIGNALS:  # processes in sessions of their own would stay
+        signal.signal(number, lambda number, _: (STOP.set(), stopped.append(number)))
     with tempfile.TemporaryDirectory() as name:
         make_images(Path(name) / "images")
         pieces = measure(*make_pieces("cuda", Path(name)))
     if STOP.is_set():
         print("gpu: stopped, so nothing is written", file=sys.stderr)
-        return 130
+        return 130 if stopped[0] == signal.SIGINT else 143
     return write_result(pieces, ROOT / "docs" / "gpu")
 
 

@@ -231,7 +231,7 @@ def lacking(monkeypatch):
     ("package", "line"),
     [
         ("sklearn.datasets", "scikit-learn, which has digits and divides data, is not installed"),
-        ("filelock", "filelock is not installed"),
+        ("filelock", "filelock, which locks files, is not installed"),
     ],
 )
 def test_a_run_says_what_it_lacks(refused, lacking, package, line):
