@@ -44,12 +44,14 @@ esac
 With CHECKS it does check the options that command.sh has it check."""
 
 
+CHANGING = "SEEDS", "EPOCHS", "DATASET", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "REQUIREMENTS"
+PLAIN = {name: value for name, value in os.environ.items() if name not in CHANGING}
+
+
 def command(*arguments, cwd=ROOT, **environment):
-    changing = "SEEDS", "EPOCHS", "DATASET", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "REQUIREMENTS"
-    plain = {k: v for k, v in os.environ.items() if k not in changing}
     return subprocess.run(
         ["./command.sh", *arguments],
-        cwd=cwd, env=plain | environment, capture_output=True, text=True, timeout=60,
+        cwd=cwd, env=PLAIN | environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def test_ctrl_c_and_sigterm_stop_the_rest(clone, status):
 def test_a_signal_is_passed_on_to_the_run(clone, target, to_all, name, status):
     """command.sh waits for the run, which has a checkpoint to write, and starts no other one."""
     process = subprocess.Popen(
-        ["./command.sh", target], cwd=clone, env=os.environ | {"WAITS": "yes"},
+        ["./command.sh", target], cwd=clone, env=PLAIN | {"WAITS": "yes"},
         stdout=subprocess.DEVNULL, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
