@@ -230,7 +230,7 @@ experiment() {
     done
     if [ -n "$list" ]; then
         use_active_environment
-        for call in "${calls[@]}"; do echo "$python $call"; done
+        for call in "${calls[@]}"; do printf '%q %s\n' "$python" "$call"; done
         return
     fi
     prepare

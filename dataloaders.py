@@ -462,7 +462,10 @@ def _list_images(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
                     files[label].append(path)
         if not files or not all(files.values()):
             empty = [name for name, paths in files.items() if not paths]
-            raise FileNotFoundError(f"there is no image of {', '.join(empty) or 'any class'}")
+            reasons = "".join(f"; left out: {n} {reason}" for reason, n in left_out.most_common(3))
+            raise FileNotFoundError(
+                f"there is no image of {', '.join(empty) or 'any class'}{reasons}"
+            )
     except OSError as error:
         raise _input_error(
             f"cannot read the images in {folder}: {one_line(error)}; data_dir must hold "

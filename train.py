@@ -194,6 +194,12 @@ def make_network(job: Job, strategy: Strategy) -> tuple[ContSupNetwork, torch.de
     configure_backends(device, options)
     strategy.divide(options, job.arguments, device)
     if checkpoint is not None:
+        if len(checkpoint.classes) not in (0, job.arguments["num_classes"]):
+            raise InputError(
+                f"{options.resume or options.evaluate} was trained on {len(checkpoint.classes)} "
+                f"classes ({', '.join(checkpoint.classes)}), and the data have "
+                f"{job.arguments['num_classes']}"
+            )
         check_weights(checkpoint, job.arguments)
     torch.manual_seed(options.seed)
     network = build_network(**job.arguments)

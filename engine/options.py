@@ -324,8 +324,8 @@ changes dropout masks."""
 BATCH_OPTIONS = ("seed", "dataset", "batch_size", "image_size", "limit_per_class", "val_fraction")
 """Options that decide which images are in each batch of an epoch."""
 
-DATA_OPTIONS = (*BATCH_OPTIONS, "limit_test")
-"""Options that decide which images are read, and the batches of them."""
+DATA_OPTIONS = ("dataset", "image_size", "limit_per_class", "limit_test", "val_fraction")
+"""Options that decide which images are read, with `seed` where there is a `val_fraction`."""
 
 REQUIRED = {
     "json": {"dry_run": True},

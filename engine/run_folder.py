@@ -27,10 +27,13 @@ from engine.options import (
     INVOCATION_OPTIONS,
     NON_TRAINING_OPTIONS,
     PERFORMANCE_OPTIONS,
+    build_parser,
     data_name,
 )
 from engine.provenance import git_state, versions
 from engine.tensorboard import Board
+
+DEFAULTS = vars(build_parser().parse_args([]))
 
 
 class RunFolder:
@@ -220,8 +223,13 @@ class RunFolder:
         earlier: dict[str, object],
         ignoring: Collection[str] = (*NON_TRAINING_OPTIONS, *PERFORMANCE_OPTIONS),
     ) -> list[str]:
-        """Return in words which options differ from an earlier run's, without `ignoring`."""
+        """Return in words which options differ from an earlier run's, without `ignoring`.
+
+        Options that it lacks, being of an earlier version, had today's defaults.
+        """
         before, now = _comparable(earlier), _comparable(self.options)
+        if before:
+            before = {k: v for k, v in DEFAULTS.items() if k in now} | before
         not_chosen = set()  # options that --partition auto or --memory_budget have yet to decide
         if now["cuts"] is None and (now["partition"] == "auto" or now["memory_budget"]):
             not_chosen = {"cuts", "local_module_num"} if now["memory_budget"] else {"cuts"}

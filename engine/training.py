@@ -295,7 +295,8 @@ class Training:
 
         Raises InputError where the rest of an epoch would repeat some images and leave out others.
         """
-        if self._changed(checkpoint, DATA_OPTIONS):
+        by_seed = ["seed"] if self.options.val_fraction else []
+        if self._changed(checkpoint, [*DATA_OPTIONS, *by_seed]):
             return  # other images were asked for
         words = {"train": "training", "val": "validation", "test": "test"}
         deciding = "val" if "val" in self.data else "test"

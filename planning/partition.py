@@ -449,7 +449,8 @@ def _allowed(costs: Costs, kind: str) -> list[int]:
         f"context_mode {a['context_mode']} asks for {costs.mode.recent} module inputs, but "
         f"ResNet-{a['layers']} has {count} units"
     )
-    for K in range(max(1, costs.mode.recent), count + 1):
+    trained = max(a.get("train_modules") or [0])
+    for K in range(max(1, costs.mode.recent, trained + 1), count + 1):
         try:
             if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
                 published_loss_scale(a["layers"], K, a["dataset"], kind == "balanced")

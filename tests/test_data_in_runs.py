@@ -1,6 +1,7 @@
 """What a run says of its images, which of them choose its best epoch, and images that change."""
 
 import io
+import json
 import math
 import shutil
 import sys
@@ -46,16 +47,8 @@ def test_a_run_says_what_it_read(train_py):
     write_images("mine", {"a": 3, "b": 2})
     Path("mine/train/a/c.heic").touch()
     mine = [*TINY, "--dataset", "folder", "--data_dir", "mine", "--epochs", "1"]
-    mine += [
-        "--image_size",
-        "8",
-        "--batch_size",
-        "5",
-        "--limit_per_class",
-        "9",
-        "--output_dir",
-        "run",
-    ]
+    mine += ["--image_size", "8", "--batch_size", "5", "--limit_per_class", "9"]
+    mine += ["--output_dir", "run"]
     status, out, err = train_py(*mine)
     assert (status, out[3]) == (0, "data: 5 training, 4 test images of 2 classes")
     assert err == ["train.py: note: left out of mine/train: 1 (1 *.heic)"]
@@ -280,3 +273,24 @@ def test_a_fingerprint_that_is_none_is_refused(stopped, refused, data):
     state = read_checkpoint("run/checkpoint.pt")
     save_checkpoint(Path("bad.pt"), state._replace(data=data))
     assert "is not a checkpoint that can be read" in refused("--resume", "bad.pt")
+
+
+def test_options_that_a_run_of_an_earlier_version_lacks_had_the_defaults(train_py, refused):
+    run = [*TINY, "--output_dir", "run", "--resume", "auto"]
+    assert train_py(*run)[0] == 0
+    for name in ("config.json", "summary.json"):
+        contents = json.loads(Path("run", name).read_text())
+        for option in ("val_fraction", "limit_test", "train_modules"):
+            del contents.get("config", contents)[option]
+        Path("run", name).write_text(json.dumps(contents))
+    assert train_py(*run)[1] == ["run is finished after 3 epochs"]
+    assert "limit_test None, now 20" in refused(*run, "--limit_test", "20")
+
+
+def test_a_class_more_is_said_in_words(train_py, refused):
+    write_images("mine", {"a": 3, "b": 2})
+    run = [*TINY, "--dataset", "folder", "--data_dir", "mine", "--image_size", "8", "--epochs", "1"]
+    assert train_py(*run, "--output_dir", "run")[0] == 0
+    write_images("mine", {"c": 2})
+    message = refused("--resume", "run/checkpoint.pt", "--epochs", "9", "--output_dir", "more")
+    assert "was trained on 2 classes (a, b), and the data have 3" in message

@@ -207,6 +207,7 @@ TINY = [
         (["--memory_budget", "0.0085"], [(0, 0), (1, 0)]),
         (["--cuts", "0,0", "2,0"], [(0, 0), (2, 0)]),
         (["--memory_budget", "1"], []),
+        (["--memory_budget", "1", "--train_modules", "1"], [(1, 0)]),
         (["--partition", "equal", "--local_module_num", "2"], None),
     ],
 )
