@@ -189,12 +189,14 @@ class RunFolder:
         for config in self.path.parent.glob("*/config.json"):
             earlier = _read_json(config)
             checkpoint = config.parent / str(earlier.get("checkpoint", ".")) / "checkpoint.pt"
+            epochs = earlier.get("epochs")
             if (
-                earlier.get("epochs", math.inf) < self.options["epochs"]
+                isinstance(epochs, int)
+                and epochs < self.options["epochs"]
                 and not self._changed(earlier, ignoring=ignored - {"name", "no"})
                 and checkpoint.exists()
             ):
-                shorter[checkpoint] = earlier["epochs"]
+                shorter[checkpoint] = epochs
         if shorter:
             longest = max(shorter, key=shorter.get)
             folder = shlex.quote(f"{self.path}-continued")

@@ -121,6 +121,8 @@ def test_more_epochs_with_auto_say_that_a_shorter_run_is_there(train_py):
     for epochs in (2, 1):
         assert train_py(*run, "--epochs", epochs)[::2] == (0, [])
     assert train_py(*run, "--no", "2", "--epochs", "3")[::2] == (0, [])  # named as another run
+    Path("runs", "other").mkdir()
+    Path("runs", "other", "config.json").write_text('{"epochs": "2"}')  # of no run
     status, _, err = train_py(*run, "--epochs", "4")
     (line,) = err
     assert status == 0
