@@ -244,16 +244,54 @@ def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: boo
     return rows[K]
 
 
-def loss_weights(scale: Scale, index: int, K: int) -> tuple[float, float]:
-    """Return (lx, ly), weights of reconstruction and task loss of module `index` = 0 .. K-2.
+LOSS_SCALE_RULES = ("module", "stage")
+"""`--loss_scale_rule`: what a module's loss weights go by; `stage` is the rule of MAN's release."""
+
+
+def loss_weights(scale: Scale, place: int, K: int) -> tuple[float, float]:
+    """Return (lx, ly), weights of reconstruction and task loss of a module before the last.
 
     They go linearly from (ixx_1, ixy_1) at the first module to (ixx_2, ixy_2) at the last that
     has a decoder (README, equation 7); with K = 2 there is only the first.
+
+    Args:
+        place: the module's index 0 .. K-2. By the rule `stage`, the stage 1 .. 3 of the unit after
+            the module instead, and 0 for a module that is the stem alone.
     """
     ixx_1, ixy_1, ixx_2, ixy_2 = scale
-    r = index / (K - 2) if K > 2 else 0.0
+    r = min(place / (K - 2), 1.0) if K > 2 else 0.0
     return (1 - r) * ixx_1 + r * ixx_2, (1 - r) * ixy_1 + r * ixy_2
 
 
 def _dataset_with_tables(dataset: str) -> str:
     return SAME_TABLES.get(dataset, dataset)
+
+
+# ---------------------------------------------------------------------------------------------
+# Methods: name -> options of train.py; sources and what differs from them: docs/methods.md
+
+INFOPRO = {"context_mode": "R0", "local_loss_mode": "cross_entropy", "h_reconstruct": True}
+MAN = INFOPRO | {
+    "aux_net_config": "2c2f", "loss_scale": [5.0, 0.5, 0.0, 0.0], "loss_scale_rule": "stage",
+    "momentum_aux": 0.995,
+}  # fmt: skip
+SOFTMAX = {"context_mode": "R0", "local_loss_mode": "cross_entropy"}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "contsup": {"context_mode": "E"},
+    "greedy": SOFTMAX | {"aux_net_config": "0c1f"},
+    "dgl": SOFTMAX | {"aux_net_config": "mlp-sr"},
+    "infopro": INFOPRO,
+    "predsim": SOFTMAX | {"aux_net_config": "predsim"},
+    "auglocal": SOFTMAX | {
+        "aux_net_config": "auglocal", "aux_net_depth": 6, "aux_net_taper": 0.5,
+    },
+    "man": MAN,
+    "manpp": MAN | {"momentum_aux_mix": "learned"},
+    "hpff": INFOPRO | {
+        "aux_net_config": "2c2f", "loss_scale": [5.0, 0.5, 0.0, 0.0], "patch_decoder": True,
+        "overlap": 1, "overlap_weight": 0.999,
+    },
+    "sid": SOFTMAX | {"consistency": 0.5},
+}  # fmt: skip
+"""Options by `--method`. The command line has them as if typed, but for those that are typed."""

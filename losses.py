@@ -59,6 +59,50 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(decoded, pixels)
 
 
+def similarity_matching(
+    embeddings: Tensor,
+    targets: Tensor,
+    classes: int,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Return PredSim's similarity matching: the 0-d mean of (R_embeddings - R_labels)^2.
+
+    R has the cosine similarity of each pair of samples, the sample itself included. An embedding is
+    centred by its mean over D, a one-hot label by 1/classes.
+
+    Args:
+        embeddings: (N, D).
+        targets: (N,) class indices.
+        candidates, first_row: as in `supervised_contrastive`; `first_row` does not matter here.
+    """
+    all_embeddings, all_targets = (embeddings, targets) if candidates is None else candidates
+    own, other = _directions(embeddings), _directions(all_embeddings)
+    labels, all_labels = (
+        _directions(F.one_hot(t, classes).to(embeddings.dtype)) for t in (targets, all_targets)
+    )
+    difference = (own @ other.T).clamp(-1, 1) - (labels @ all_labels.T).clamp(-1, 1)
+    return difference.square().mean()
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Return rows (N, D) minus their mean over D, divided by their norm."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    return centred / (1e-8 + centred.norm(dim=1, keepdim=True))
+
+
+def consistency_loss(logits: Tensor, targets: Tensor, before: Tensor, alpha: float) -> Tensor:
+    """Return alpha CE(logits, targets) + (1 - alpha) KL(before || softmax(logits)), 0-d (SID).
+
+    Args:
+        logits: (N, classes).
+        targets: (N,) class indices.
+        before: (N, classes) probabilities that the module before predicts, without a gradient.
+    """
+    divergence = F.kl_div(logits.log_softmax(dim=1), before, reduction="batchmean")
+    return alpha * F.cross_entropy(logits, targets) + (1 - alpha) * divergence
+
+
 class TaskLoss(NamedTuple):
     """A loss of auxiliary heads.
 
@@ -67,11 +111,13 @@ class TaskLoss(NamedTuple):
         classifies: whether the head's output is a logit per class; else it is an embedding.
         compares_samples: whether the loss of a sample depends on the other samples. If so, the
             function also takes `candidates` and `first_row`, as `supervised_contrastive` does.
+        follows: whether the function also takes the prediction of the module before.
     """
 
     function: Callable[..., Tensor]
     classifies: bool
     compares_samples: bool = False
+    follows: bool = False
 
 
 CROSS_ENTROPY = TaskLoss(F.cross_entropy, classifies=True)

@@ -14,13 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs import DATASETS, Cut, InputError, balanced_cuts_are_equal
+from configs import DATASETS, LOSS_SCALE_RULES, METHODS, Cut, InputError, balanced_cuts_are_equal
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
 
 LOSS_SCALE_PARTS = ("ixx_1", "ixy_1", "ixx_2", "ixy_2")
 """Options for the single numbers of `loss_scale`, named as in the authors' release."""
+
+
+PRESET_PARTS = {
+    "aux_net_config": ("aux_net_depth", "aux_net_taper"),
+    "h_reconstruct": ("loss_scale", "loss_scale_rule", "patch_decoder"),
+    "overlap": ("overlap_weight",),
+}
+"""Option -> those of a --method that go when it is typed with another value."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,13 +45,28 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parse as argparse does, but refuse `--option=--`, of which some versions make []."""
         earlier = getattr(namespace, "loss_scale", None)
-        args = sys.argv[1:] if args is None else args
+        args = self._with_method(sys.argv[1:] if args is None else args)
         for argument in args:
             if argument.startswith("-") and argument.endswith("=--"):
                 self.error(f"argument {argument[:-3]}: expected one argument")
         options, unknown = super().parse_known_args(args, namespace)
         self._join_loss_scale(options, earlier)
+        vars(options).pop("method", None)
         return options, unknown
+
+    def _with_method(self, args: Sequence[str]) -> list[str]:
+        """Return the arguments with the options of --method in front, where typed ones let them."""
+        names = [word.partition("=")[0].lstrip("-") for word in args if word.startswith("--")]
+        if "method" not in names:
+            return list(args)
+        typed, _ = super().parse_known_args(args)
+        preset = dict(METHODS[typed.method])
+        for name, parts in PRESET_PARTS.items():
+            if name in names and preset.get(name) != getattr(typed, name):
+                preset = {option: x for option, x in preset.items() if option not in parts}
+        if set(LOSS_SCALE_PARTS) & set(names):
+            preset.pop("loss_scale", None)
+        return [*as_arguments(preset), *args]
 
     def _join_loss_scale(self, options: argparse.Namespace, earlier: list[float] | None) -> None:
         """Replace the four single numbers by `loss_scale`; `earlier` is one that was not typed."""
@@ -116,6 +139,17 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def path(text: str) -> str:
     """Return the name of a file or folder, with `~` replaced by the home folder."""
     if not text:
@@ -155,6 +189,19 @@ def module_range(text: str) -> range:
 # The options
 
 
+def method_words() -> dict[str, list[str]]:
+    """Return the options of each --method as one would type them."""
+    return {
+        name: [
+            f"--{option}" + ("" if value is True else f" {' '.join(f'{x:g}' for x in value)}")
+            if isinstance(value, list) or value is True
+            else f"--{option} {value}"
+            for option, value in preset.items()
+        ]
+        for name, preset in METHODS.items()
+    }
+
+
 # fmt: off
 def build_parser() -> Parser:
     """Return the parser; a default is None where the data set or another option decides it."""
@@ -171,6 +218,9 @@ def build_parser() -> Parser:
     )
 
     add = parser.add_argument_group("method").add_argument
+    add("--method", choices=list(METHODS),
+        help="options of a published method; those that are typed win (default: contsup): "
+        + "; ".join(f"{name}: {' '.join(words)}" for name, words in method_words().items()))
     add("--model", default="resnet", metavar="NAME", help="backbone; an entry of BACKBONES")
     add("--layers", type=integer_between(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
     add("--local_module_num", type=integer_between(1), metavar="K",
@@ -187,12 +237,32 @@ def build_parser() -> Parser:
     for name in LOSS_SCALE_PARTS:
         add(f"--{name}", type=float, metavar="W", default=argparse.SUPPRESS,
             help="one of the four numbers of --loss_scale; needs the other three")
-    add("--aux_net_config", default="1c2f", metavar="AcBf",
-        help="auxiliary head of A convolutions and B linear layers")
+    add("--loss_scale_rule", choices=LOSS_SCALE_RULES, default="module",
+        help="what the weights between go by: a module's index, or (stage) the next unit's stage")
+    add("--patch_decoder", **switch, help="a decoder for each quarter of the image")
+    add("--aux_net_config", default="1c2f", metavar="HEAD",
+        help="auxiliary head: AcBf for A convolutions and B linear layers, mlp-sr, mlp-sr-512, "
+        "predsim, or auglocal")
+    add("--aux_net_depth", type=integer_between(1, 100_000), metavar="D",
+        help="residual blocks of the head auglocal after the first module (default: 6)")
+    add("--aux_net_taper", type=share, metavar="TAU",
+        help="part of these blocks that is left out at the last cut (default: 0.5)")
     add("--aux_net_widen", type=positive, default=1.0, metavar="W",
         help="width factor of auxiliary heads and context encoders")
     add("--aux_net_feature_dim", type=integer_between(1, 65536), default=128, metavar="F",
         help="width of a head's hidden linear layers and of its embedding")
+    add("--momentum_aux", type=share, metavar="M",
+        help="before each auxiliary head put two blocks like the next module's first: one trained, "
+        "one a moving average of it with this decay (default: none)")
+    add("--momentum_aux_mix", choices=["fixed", "learned"],
+        help="add the two, or train their proportion (default: fixed)")
+    add("--overlap", type=integer_between(0, 1), default=0, metavar="N",
+        help="1: a module also trains on the loss of the module after it")
+    add("--overlap_weight", type=share, metavar="W",
+        help="weight of that loss; a module's own has 1-W (default: 0.999)")
+    add("--consistency", type=share, metavar="A",
+        help="all losses are A cross entropy + (1-A) KL to the prediction of the module before "
+        "(default: cross entropy)")
     add("--droprate", type=float, default=0.0, metavar="P", help="dropout in the residual blocks")
 
     add = parser.add_argument_group("memory").add_argument
@@ -299,7 +369,8 @@ NETWORK_OPTIONS = (
     "model", "layers", "local_module_num", "context_mode", "local_loss_mode", "dataset",
     "image_size", "balanced_memory", "h_reconstruct", "loss_scale", "aux_net_config",
     "aux_net_widen", "aux_net_feature_dim", "droprate", "context_group", "recompute", "cuts", "amp",
-    "train_modules",
+    "train_modules", "aux_net_depth", "aux_net_taper", "momentum_aux", "momentum_aux_mix",
+    "overlap", "overlap_weight", "consistency", "patch_decoder", "loss_scale_rule",
 )  # fmt: skip
 """Options that are arguments of `build_network`."""
 
@@ -332,6 +403,9 @@ REQUIRED = {
     "save_plan": {"dry_run": True},
     "module_ranges": {"parallel": "modules"},
     "sync_bn": {"parallel": "data"},
+    "aux_net_depth": {"aux_net_config": "auglocal"},
+    "aux_net_taper": {"aux_net_config": "auglocal"},
+    "overlap_weight": {"overlap": 1},
     "nproc": {"parallel": "modules", "dry_run": True},
     "device_tflops": {"parallel": "modules", "dry_run": True},
 }
@@ -394,6 +468,11 @@ def complete_options(
         if "checkpoint" in checkpoint_options and typed.checkpoint == ".":
             _check_checkpoint_folder(options)
     _check_exclusive(options, EXCLUSIVE)
+    if options.overlap and options.parallel == "modules":
+        raise InputError(
+            "--overlap needs the gradients of the next module, which --parallel modules does not "
+            "send back: leave one of them out"
+        )
     return fill_in(_rename_equal_cuts(options))
 
 
@@ -437,6 +516,8 @@ def _check_typed(options: argparse.Namespace) -> None:
             if getattr(options, name) and getattr(options, other) != value:
                 needed = f"--{other}" if value is True else f"--{other} {value}"
                 raise InputError(f"--{name} is for {needed}: give that, or leave it out")
+    if options.momentum_aux_mix and options.momentum_aux is None:
+        raise InputError("--momentum_aux_mix is for --momentum_aux: give that, or leave it out")
     if options.detect_anomaly and options.amp == "fp16":
         raise InputError("--detect_anomaly would stop at steps that --amp fp16 skips: leave one of "
                          "them out")  # fmt: skip
@@ -508,7 +589,12 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         "warmup_epochs": math.ceil(options.epochs / 16) if options.cos_lr else 0,
         "partition": "balanced" if options.balanced_memory else partition,
         "local_module_num": len(options.cuts or []) + 1,
+        "momentum_aux_mix": "fixed",
     }
+    if options.aux_net_config == "auglocal":
+        defaults |= {"aux_net_depth": 6, "aux_net_taper": 0.5}
+    if options.overlap:
+        defaults["overlap_weight"] = 0.999
     given = {name: value for name, value in vars(options).items() if value is not None}
     filled = argparse.Namespace(**(vars(options) | defaults | given))
     filled.balanced_memory = filled.partition == "balanced"

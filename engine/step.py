@@ -55,7 +55,7 @@ class Totals:
         """Add a module's 0-d mean loss and head output (N, D) on targets (N,)."""
         place = module.index - self.modules[0].index
         self._losses[place] += loss * len(targets)
-        if module.task.classifies:
+        if module.classifies:
             self._wrong[place] += (output.argmax(dim=1) != targets).sum()
 
     def count(self, samples: int) -> None:
@@ -64,14 +64,15 @@ class Totals:
         self.samples += samples
         self.steps += 1
 
-    def losses(self) -> list[float]:
-        """Return the mean loss of each module."""
-        return (self._losses / self.samples).tolist()
+    def losses(self) -> list[float | None]:
+        """Return the mean loss of each module; None where it has none of its own."""
+        losses = (self._losses / self.samples).tolist()
+        return [None if m.head is None else x for x, m in zip(losses, self.modules, strict=True)]
 
     def errors(self) -> list[float | None]:
         """Return each head's error rate in percent; None where it does not classify."""
         errors = (100 * self._wrong / self.samples).tolist()
-        return [e if m.task.classifies else None for e, m in zip(errors, self.modules, strict=True)]
+        return [e if m.classifies else None for e, m in zip(errors, self.modules, strict=True)]
 
     def first_not_finite(self) -> tuple[int, int] | None:
         """Return module and step, from 1, of the first loss that was NaN or infinite, if any."""
@@ -162,7 +163,7 @@ def train_step(
     """Train each module of the stage on one batch, first to last (README, equation 10).
 
     A module's optimizer steps right after its backward, and its gradients are freed before the
-    next module runs.
+    next module runs. With `--overlap` the next module runs first, since its loss counts too.
 
     Args:
         optimizers: one for each module of the stage.
@@ -170,17 +171,19 @@ def train_step(
         targets: (N,) class indices.
         totals: to which each module's loss and wrong answers are added.
         before_module: called with each module before its forward.
-        after_module: called with each module when its gradients are freed.
+        after_module: called with each module when it has run, and what can be freed is.
     """
     state, pixels = network.begin(images)
+    first = network.stage[0].index
     for module, optimizer in zip(network.stage, optimizers, strict=True):
         if before_module is not None:
             before_module(module)
-        scale_loss = optimizer.scaler.scale
-        loss, output = network.module_step(module, state, targets, pixels, scale_loss)
-        optimizer.step_and_free()
-        totals.add(module, loss, output, targets)
-        del loss, output  # else they would stay for the next module
+        result = network.module_step(module, state, targets, pixels, optimizer.scaler.scale)
+        for finished in state.pop_finished():
+            optimizers[finished.index - first].step_and_free()
+        if result is not None:  # a window's first module has no loss
+            totals.add(module, *result, targets)
+        del result  # else it would stay for the next module
         if after_module is not None:
             after_module(module)
     totals.count(len(targets))
@@ -211,7 +214,7 @@ def evaluate(
     with network.eagerly():
         for images, targets in batches:
             for module, h_out in network.features(images):
-                if module.task.classifies:
+                if module.classifies:
                     output = network.head_output(module, h_out)
                     totals.add(module, F.cross_entropy(output, targets), output, targets)
             totals.count(len(targets))

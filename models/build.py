@@ -1,14 +1,17 @@
 """`build_network`: check every argument, then put the local modules together."""
 
+import copy
 import math
 import numbers
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs import (
     DATASETS,
+    LOSS_SCALE_RULES,
     Cut,
     InputError,
     Scale,
@@ -17,11 +20,20 @@ from configs import (
     loss_weights,
     published_loss_scale,
 )
-from losses import CROSS_ENTROPY, LOCAL_LOSSES
-from models.auxiliary import Decoder, auxiliary_head, find_head
+from losses import CROSS_ENTROPY, LOCAL_LOSSES, TaskLoss, consistency_loss
+from models.auxiliary import (
+    Decoder,
+    PatchDecoder,
+    build_head,
+    find_head,
+    later_blocks_depth,
+    later_blocks_head,
+    real_head,
+)
 from models.context import ContextMode, Contexts, ContextSupply
+from models.momentum import MomentumBlock
 from models.network import ContSupNetwork, LocalModule
-from models.resnet import BACKBONES, initialise, real_head
+from models.resnet import BACKBONES, initialise
 
 SMALLEST_IMAGE = 4
 """Two strides of 2 leave one pixel of this many."""
@@ -29,6 +41,9 @@ SMALLEST_IMAGE = 4
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`--amp` -> dtype of autocast."""
+
+MIXES = ("fixed", "learned")
+"""`--momentum_aux_mix`."""
 
 WIDEST = 1000
 """An upper bound of `aux_net_widen`, so that a slip of the keyboard is an error of its own."""
@@ -56,6 +71,15 @@ def build_network(
     amp: str = "off",
     model: str = "resnet",
     train_modules: Sequence[int] | None = None,
+    aux_net_depth: int | None = None,
+    aux_net_taper: float | None = None,
+    momentum_aux: float | None = None,
+    momentum_aux_mix: str = "fixed",
+    overlap: int = 0,
+    overlap_weight: float | None = None,
+    consistency: float | None = None,
+    patch_decoder: bool = False,
+    loss_scale_rule: str = "module",
 ) -> ContSupNetwork:
     """Return a backbone cut into local modules, initialised from torch's global generator.
 
@@ -74,7 +98,7 @@ def build_network(
         num_classes: outputs of the real head and of softmax auxiliary heads.
         balanced_memory: published memory-balanced cuts instead of equal layers.
         h_reconstruct: give each module but the last a decoder.
-        aux_net_config, aux_net_widen, aux_net_feature_dim: see `auxiliary_head`.
+        aux_net_config, aux_net_widen, aux_net_feature_dim: see `build_head`.
         droprate: dropout inside the blocks, in [0, 1).
         loss_scale: (ixx_1, ixy_1, ixx_2, ixy_2) for the decoders instead of the published row.
         context_group: output channels of a context encoder that run at a time; the backward
@@ -85,6 +109,17 @@ def build_network(
         model: name of a backbone in `models.resnet.BACKBONES`.
         train_modules: indices of the modules that train; the others are frozen. None for all.
         amp: `bf16` or `fp16` runs convs and matrix products in that, by autocast; `off` does not.
+        aux_net_depth, aux_net_taper: d and tau of `later_blocks_depth`, for the head `auglocal`; by
+            default 6 and 0.5.
+        momentum_aux: decay of the average in a `MomentumBlock` before each auxiliary head; None for
+            no such blocks.
+        momentum_aux_mix: `fixed` adds the two blocks, `learned` trains their proportion.
+        overlap: 1 also trains each module on the next one's loss, in windows of two modules.
+        overlap_weight: of a window's loss, in [0, 1]; by default 0.999.
+        consistency: alpha of `losses.consistency_loss`, in [0, 1], for all heads; None for cross
+            entropy alone.
+        patch_decoder: a decoder for each quarter of the image.
+        loss_scale_rule: see `configs.loss_weights`.
     Raises:
         InputError: an argument is out of range or does not fit the others; the message is a
             sentence that says what would be right.
@@ -94,28 +129,63 @@ def build_network(
         num_classes=num_classes, aux_net_feature_dim=aux_net_feature_dim,
     )  # fmt: skip
     _check_switches(
-        balanced_memory=balanced_memory, h_reconstruct=h_reconstruct, recompute=recompute
-    )
+        balanced_memory=balanced_memory, h_reconstruct=h_reconstruct, recompute=recompute,
+        patch_decoder=patch_decoder,
+    )  # fmt: skip
     _check_choice("dataset", dataset, DATASETS)
     _check_choice("local_loss_mode", local_loss_mode, LOCAL_LOSSES)
     _check_choice("amp", amp, AMP)
     _check_choice("model", model, BACKBONES)
-    _check_range(
-        "image_size", image_size, image_size >= SMALLEST_IMAGE, f"{SMALLEST_IMAGE} or more"
-    )
     _check_range("droprate", droprate, _is_real(droprate) and 0 <= droprate < 1, "in [0, 1)")
     widen_fits = _is_real(aux_net_widen) and 0 < aux_net_widen <= WIDEST
     _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
     group_fits = _is_whole(context_group) and context_group >= 0
     _check_range("context_group", context_group, group_fits, "a whole number of at least 0")
-    find_head(aux_net_config)  # raises InputError
+    _check_choice("momentum_aux_mix", momentum_aux_mix, MIXES)
+    _check_choice("loss_scale_rule", loss_scale_rule, LOSS_SCALE_RULES)
+    for name, value in {
+        "aux_net_taper": aux_net_taper, "momentum_aux": momentum_aux,
+        "overlap_weight": overlap_weight, "consistency": consistency,
+    }.items():  # fmt: skip
+        fits = value is None or (_is_real(value) and 0 <= value <= 1)
+        _check_range(name, value, fits, "in [0, 1]")
+    _check_range("overlap", overlap, _is_whole(overlap) and overlap in (0, 1), "0 or 1")
+    depth_fits = aux_net_depth is None or (_is_whole(aux_net_depth) and aux_net_depth > 0)
+    _check_range("aux_net_depth", aux_net_depth, depth_fits, "a whole number of at least 1")
+    _, head_builder = find_head(aux_net_config)  # raises InputError
 
     K = local_module_num
+    task = LOCAL_LOSSES[local_loss_mode]
+    of_cuts = {
+        f"aux_net_config {aux_net_config}": head_builder is later_blocks_head,
+        "momentum_aux": momentum_aux is not None, "overlap": overlap > 0,
+        "consistency": consistency is not None,
+    }  # fmt: skip
+    for name in (name for name, is_given in of_cuts.items() if is_given and K == 1):
+        raise InputError(f"{name} is for the modules before a cut, and local_module_num 1 has none")
+    exclusive = {
+        "consistency and local_loss_mode contrast": consistency is not None and not task.classifies,
+        "consistency and overlap": consistency is not None and overlap > 0,
+        "momentum_aux and overlap": momentum_aux is not None and overlap > 0,
+        "train_modules and overlap": train_modules is not None and overlap > 0,
+    }
+    for names in (names for names, both in exclusive.items() if both):
+        raise InputError(f"{names} exclude each other: leave one of them out")
+    for name, needs, given in (
+        ("patch_decoder", h_reconstruct, patch_decoder),
+        ("loss_scale_rule stage", h_reconstruct, loss_scale_rule != "module"),
+    ):
+        if given and not needs:
+            raise InputError(f"{name} is for decoders: it needs h_reconstruct")
+    smallest = 2 * SMALLEST_IMAGE if patch_decoder else SMALLEST_IMAGE
+    _check_range("image_size", image_size, image_size >= smallest, f"{smallest} or more")
+
     if cuts is None:
         cuts = choose_cuts(layers, K, dataset, balanced_memory)
     else:
         check_cuts(cuts, layers, K)
-    parts = _split(BACKBONES[model](layers, droprate), cuts)
+    units = BACKBONES[model](layers, droprate)
+    parts = _split(units, cuts)
     mode = ContextMode.parse(context_mode)
     if mode.recent > K:
         raise InputError(
@@ -128,29 +198,65 @@ def build_network(
     elif h_reconstruct and K > 1:
         loss_scale = published_loss_scale(layers, K, dataset, balanced_memory)
 
-    task = LOCAL_LOSSES[local_loss_mode]
+    real_task = CROSS_ENTROPY
+    if consistency is not None:
+        function = partial(consistency_loss, alpha=consistency)
+        task = real_task = TaskLoss(function, classifies=True, follows=True)
+    outputs = num_classes if task.classifies else aux_net_feature_dim
+    widths = [unit.out_channels for unit in units.values()]
+    sizes = _sizes(units.values(), image_size) if K > 1 else []
     modules: list[LocalModule] = []
-    contexts, channels = Contexts(mode, image=3), 3
+    contexts, channels, end = Contexts(mode, image=3), 3, 0
     for index, part in enumerate(parts):
         sources = contexts.named() if index else {}
         supply = ContextSupply(sources, channels, aux_net_widen, context_group)
         if index:
             contexts.push(channels)
-        channels = list(part.values())[-1].out_channels
-        decoder, weights = None, (0.0, 1.0)
+        end += len(part)
+        channels = widths[end - 1]
         if index == K - 1:
-            head, task = real_head(channels, num_classes), CROSS_ENTROPY
-        else:
-            outputs = num_classes if task.classifies else aux_net_feature_dim
-            head = auxiliary_head(
-                channels, outputs, aux_net_config, aux_net_widen, aux_net_feature_dim
+            head = real_head(channels, num_classes)
+            head.set_task(real_task)
+            modules.append(LocalModule(supply, part, head, recompute=recompute))
+            continue
+        momentum, seen = None, end - 1  # the unit whose output the head sees
+        if momentum_aux is not None:
+            block, seen = next(iter(parts[index + 1].values())), end
+            momentum = MomentumBlock(
+                _copy(block), _copy(block), momentum_aux, momentum_aux_mix == "learned", recompute
             )
-            if loss_scale is not None:
-                decoder = Decoder(channels, aux_net_widen)
-                weights = loss_weights(loss_scale, index, K)
-        modules.append(LocalModule(supply, part, head, task, decoder, weights, recompute))
+        later = widths[seen + 1 :]
+        depth = later_blocks_depth(
+            6 if aux_net_depth is None else aux_net_depth,
+            0.5 if aux_net_taper is None else aux_net_taper, index, K,
+        )  # fmt: skip
+        make_head = partial(
+            build_head, aux_net_config, channels=widths[seen], size=sizes[seen], outputs=outputs,
+            later_widths=later, depth=min(depth, len(later)), widen=aux_net_widen,
+            feature_dim=aux_net_feature_dim, unit=seen, task=task,
+        )  # fmt: skip
+        is_first_of_window = overlap > 0 and index == 0
+        head = None if is_first_of_window else make_head()
+        own_head = make_head() if overlap and not is_first_of_window else None
+        decoder, weights = None, (0.0, 1.0)
+        if loss_scale is not None and not is_first_of_window:
+            decoder = (PatchDecoder if patch_decoder else Decoder)(widths[seen], aux_net_widen)
+            stage = 0 if end == 1 else next(iter(parts[index + 1]))[0]
+            place = index if loss_scale_rule == "module" else stage
+            weights = loss_weights(loss_scale, place, K)
+        for made in (head, own_head):
+            if made is not None:
+                made.recompute = recompute
+        modules.append(
+            LocalModule(supply, part, head, decoder, weights, recompute, momentum, own_head)
+        )
 
-    network = ContSupNetwork(modules, mode, dataset, AMP[amp])
+    overlap_weight = 0.999 if overlap_weight is None else overlap_weight
+    network = ContSupNetwork(
+        modules, mode, dataset, AMP[amp], overlap_weight=overlap_weight if overlap else None
+    )
+    if overlap:
+        _count_passes(modules)
     initialise(network)
     if train_modules is not None:
         for module in (m for i, m in enumerate(modules) if i not in train_modules):
@@ -167,6 +273,38 @@ def _split(units: dict[Cut, nn.Module], cuts: Sequence[Cut]) -> list[dict[Cut, n
         if name in after:
             parts.append({})
     return parts
+
+
+def _copy(unit: nn.Module) -> nn.Module:
+    """Return a copy, which copy.deepcopy alone does not make of tensors without data."""
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().clone()) for p in unit.parameters()}
+    memo |= {id(buffer): buffer.clone() for buffer in unit.buffers()}
+    return copy.deepcopy(unit, memo)
+
+
+@torch.no_grad()
+def _sizes(units: Iterable[nn.Module], image_size: int) -> list[int]:
+    """Return the side of each unit's output, in pixels."""
+    sizes, x = [], torch.zeros(1, 3, image_size, image_size)
+    for unit in units:
+        x = unit.eval()(x)  # where it keeps its statistics, and drops nothing out
+        unit.train()
+        sizes.append(x.shape[-1])
+    return sizes
+
+
+def _count_passes(modules: Sequence[LocalModule]) -> None:
+    """Have BatchNorm move its running statistics as far as HPFF's passes over a batch do.
+
+    HPFF runs the units of a module in its own pass and in each window: three times, twice at the
+    ends, the stem once. models/windows.py runs them once.
+    """
+    for module in modules:
+        passes = 2 if module in (modules[0], modules[-1]) else 3
+        for name, unit in zip(module.unit_names, module.units, strict=True):
+            for norm in (x for x in unit.modules() if isinstance(x, nn.BatchNorm2d)):
+                times = 1 if name == (0, 0) else passes
+                norm.momentum = 1 - (1 - norm.momentum) ** times
 
 
 def _check_counts(**arguments: int) -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from configs import DATASETS, Cut, InputError
-from losses import TaskLoss, reconstruction_loss
-from models.auxiliary import Decoder
+from models.auxiliary import Decoder, Head, PatchDecoder, to_float32
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
+from models.momentum import MomentumBlock
 from models.torch_internals import COMPILES_CHECKPOINTS, raise_recompile_limits
+from models.windows import OpenWindow, compile_windows, window_step
 
 
 class LocalModule(nn.Module):
@@ -25,11 +26,13 @@ class LocalModule(nn.Module):
     Args:
         context: encoders of the contexts that are added to the features that enter.
         units: backbone units by [stage, block], in order.
-        head: real head (last module) or auxiliary head, (N, C, S, S) -> (N, D).
-        task: the head's loss.
+        head: real head (last module) or auxiliary head, (N, C, S, S) -> (N, D), with its loss. None
+            for the first module of windows, which trains on the next one's loss alone.
         decoder: reconstructs the image from the module's output, or None.
         loss_weights: (lx, ly) of reconstruction and task loss; they count only with a decoder.
         recompute: activation checkpointing of all units but the last.
+        momentum: what the module's output goes through before head and decoder, or None.
+        own_head: the head of the module's own loss where `head` has that of a window, or None.
     Attributes:
         index: place in the network, from 0; the network's `stage` sets it.
         frozen: whether it stays as it is (see `freeze`).
@@ -39,22 +42,29 @@ class LocalModule(nn.Module):
         self,
         context: ContextSupply,
         units: dict[Cut, nn.Module],
-        head: nn.Module,
-        task: TaskLoss,
-        decoder: Decoder | None = None,
+        head: Head | None,
+        decoder: Decoder | PatchDecoder | None = None,
         loss_weights: tuple[float, float] = (0.0, 1.0),
         recompute: bool = False,
+        momentum: MomentumBlock | None = None,
+        own_head: Head | None = None,
     ) -> None:
         super().__init__()
         self.index, self.frozen = 0, False
         self.unit_names = list(units)
         self.context = context
         self.units = nn.Sequential(*units.values())
+        self.momentum = momentum
         self.head = head
-        self.task = task
+        self.own_head = own_head
         self.decoder = decoder
         self.loss_weights = loss_weights
         self.recompute = recompute
+
+    @property
+    def classifies(self) -> bool:
+        """Whether there is a head, and its output is a logit per class."""
+        return self.head is not None and self.head.classifies
 
     def freeze(self) -> None:
         """Keep all parameters and BatchNorm statistics as they are, in training too."""
@@ -74,7 +84,7 @@ class LocalModule(nn.Module):
         return last(h)  # its backward runs first, so to recompute it would save no memory
 
     def forward_and_losses(
-        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
+        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None, *before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return detached h_out and head output, then the two losses: what `--compile` compiles.
 
@@ -82,11 +92,11 @@ class LocalModule(nn.Module):
         weights of the losses are left out, since they differ from module to module.
         """
         h_out = self(h_in)
-        output, task_loss, reconstruction_loss = self.losses(h_out, targets, pixels)
+        output, task_loss, reconstruction_loss = self.losses(h_out, targets, pixels, *before)
         return h_out.detach(), output.detach(), task_loss, reconstruction_loss
 
     def losses(
-        self, h_out: Tensor, targets: Tensor, pixels: Tensor | None
+        self, h_out: Tensor, targets: Tensor, pixels: Tensor | None, *before: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the head's output and the two losses, the second None without a decoder.
 
@@ -96,18 +106,26 @@ class LocalModule(nn.Module):
             h_out: (N, C, S, S), this module's features, before the next cut's context.
             targets: (N,) class indices.
             pixels: (N, 3, H, W) un-normalised images in [0, 1], for a decoder.
+            before: for a task that `follows`, the prediction (N, D) of the module before.
         Returns:
             (N, D) head output, 0-d task loss (equation 8) and 0-d reconstruction loss (9).
         """
-        output = to_float32(self.head(h_out))
-        decoded = (
-            None if self.decoder is None else to_float32(self.decoder(h_out, pixels.shape[-2:]))
-        )
+        features = self.head_input(h_out)
+        task_loss, output = self.head.loss(features, targets, *before)
+        if self.decoder is None:
+            return output, task_loss, None
+        decoded = to_float32(self.decoder(features, pixels.shape[-2:]))
         with torch.autocast(h_out.device.type, enabled=False):
-            task_loss = self.task.function(output, targets)
-            if decoded is None:
-                return output, task_loss, None
-            return output, task_loss, reconstruction_loss(decoded, pixels)
+            return output, task_loss, self.decoder.loss(decoded, pixels)
+
+    def own_loss(self, h_out: Tensor, targets: Tensor) -> Tensor:
+        """Return the 0-d loss of the module's own head, where `head` has that of a window."""
+        head = self.head if self.own_head is None else self.own_head
+        return head.loss(self.head_input(h_out), targets)[0]
+
+    def head_input(self, h_out: Tensor) -> Tensor:
+        """Return the features that head and decoder see: h_out, or what `momentum` makes of it."""
+        return h_out if self.momentum is None else self.momentum(h_out)
 
     def local_loss(self, task_loss: Tensor, reconstruction_loss: Tensor | None) -> Tensor:
         """Return the local loss (equation 6), 0-d."""
@@ -118,16 +136,43 @@ class LocalModule(nn.Module):
 
 
 class ForwardState:
-    """The detached features and contexts that one module hands to the next.
+    """What one module hands to the next: detached features, contexts, and a prediction.
 
     Attributes:
         h: (N, C, S, S) features that the last module gave out, detached; the images at first.
         contexts: on offer at the next cut.
+        prediction: for tasks that `follow`, the last module's probabilities (N, classes), detached.
+        finished: modules whose gradients have become complete.
+        window: the module that waits for gradients from the next one (models/windows.py).
     """
 
-    def __init__(self, h: Tensor, contexts: Contexts[Tensor]) -> None:
+    def __init__(
+        self, h: Tensor, contexts: Contexts[Tensor], prediction: Tensor | None = None
+    ) -> None:
         self.h: Tensor | None = h
         self.contexts = contexts
+        self.prediction = prediction
+        self.finished: list[LocalModule] = []
+        self.window: OpenWindow | None = None
+
+    def pop_finished(self) -> list["LocalModule"]:
+        """Return the modules whose gradients have become complete since the last call."""
+        finished, self.finished = self.finished, []
+        return finished
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that another process needs, to make `received` of it."""
+        predictions = [] if self.prediction is None else [self.prediction]
+        return [self.h, *self.contexts.pushed(), *predictions]
+
+    @classmethod
+    def received(
+        cls, mode: ContextMode, images: Tensor, tensors: Sequence[Tensor]
+    ) -> "ForwardState":
+        """Return the state of which `tensors` gave these, for the same images."""
+        h, *pushed = tensors
+        prediction = pushed.pop() if pushed and pushed[-1].dim() == 2 else None
+        return cls(h, Contexts.received(mode, images, pushed), prediction)
 
 
 class StageIO:
@@ -142,6 +187,13 @@ class StageIO:
 
     def send(self, state: ForwardState) -> None:
         """Pass on the last module's output; its backward is yet to come."""
+
+    def send_back(self, block: nn.Module) -> None:
+        """Give the process before the weights of this stage's first block, for its average."""
+
+    def receive_back(self) -> list[Tensor]:
+        """Return the weights of the next process's first block, as its `send_back` had them."""
+        raise NotImplementedError
 
     def in_flight(self) -> Sequence[Tensor]:
         """Return the tensors that are in memory between two steps because of transfers."""
@@ -159,6 +211,8 @@ class ContSupNetwork(nn.Module):
         dataset: whose mean and std a decoder's target is un-normalised with.
         autocast_dtype: what autocast runs convs and matrix products in; None for no autocast but
             the caller's own.
+        overlap_weight: of the loss of a window of two modules, 1 minus which a module's own loss
+            has (`--overlap 1`); None trains each module on its own loss alone.
     Attributes:
         local_modules: an nn.ModuleList. A LocalModule put in the place of another is run, trained
             and saved from then on; make an optimizer for it.
@@ -171,6 +225,7 @@ class ContSupNetwork(nn.Module):
         mode: ContextMode,
         dataset: str,
         autocast_dtype: torch.dtype | None = None,
+        overlap_weight: float | None = None,
     ) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
@@ -179,6 +234,7 @@ class ContSupNetwork(nn.Module):
         self.mode = mode
         self.dataset = dataset
         self.autocast_dtype = autocast_dtype
+        self.overlap_weight = overlap_weight
         self.compiled = False
         self._own_modules: range | None = None
         self.io = StageIO()
@@ -238,6 +294,8 @@ class ContSupNetwork(nn.Module):
             module.forward_and_losses = partial(step, module)
             for encoder in module.context.values():
                 encoder.forward = partial(encode(type(encoder)), encoder)
+        if self.overlap_weight is not None:
+            compile_windows(self.stage, compiled)
 
     def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
         """Yield each module of the stage with its h_out (N, C, S, S), first to last.
@@ -245,11 +303,11 @@ class ContSupNetwork(nn.Module):
         Args:
             images: (N, 3, H, W), normalised.
         """
-        state = self.io.receive(self.mode, images)
+        state = self._receive(images)
         for module in self.stage:
             with self.autocast(images.device):
-                h_out = module(self._supplied(module, state))
-            self._pass_on(module, state, h_out.detach())
+                h_out = module(self.supplied(module, state))
+            self.pass_on(module, state, h_out.detach())
             yield module, h_out
 
     def forward(self, images: Tensor) -> Tensor:
@@ -261,12 +319,12 @@ class ContSupNetwork(nn.Module):
     def head_output(self, module: LocalModule, h_out: Tensor) -> Tensor:
         """Return a module's head output (N, D), float32 under autocast, for its h_out."""
         with self.autocast(h_out.device):
-            return to_float32(module.head(h_out))
+            return to_float32(module.head(module.head_input(h_out)))
 
     def decode(self, module: LocalModule, h_out: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the images (N, 3, *size) in [0, 1] that a module's decoder makes of h_out."""
         with self.autocast(h_out.device):
-            return to_float32(module.decoder(h_out, size)).sigmoid()
+            return to_float32(module.decoder(module.head_input(h_out), size)).sigmoid()
 
     def local_step(
         self,
@@ -290,21 +348,35 @@ class ContSupNetwork(nn.Module):
             after_backward: called with a module as soon as its gradients are there; with one that
                 runs forward only, too.
         Returns:
-            Logits (N, num_classes) of the last module and the K losses, 0-d; all detached.
+            Logits (N, num_classes) of the last module and the losses, 0-d; all detached. There are
+            K losses, and K-1 with windows, whose first module has none.
         """
         state, pixels = self.begin(images)
         local_losses = []
         for module in self.stage:
-            loss, logits = self.module_step(module, state, targets, pixels)
-            local_losses.append(loss)
-            if after_backward is not None:
-                after_backward(module)
-        return logits, local_losses
+            result = self.module_step(module, state, targets, pixels)
+            if result is not None:
+                local_losses.append(result[0])
+            for finished in state.pop_finished():
+                if after_backward is not None:
+                    after_backward(finished)
+        return result[1], local_losses
 
     def begin(self, images: Tensor) -> tuple[ForwardState, Tensor | None]:
         """Return the state before the first module, and the decoders' target, for `module_step`."""
         pixels = self.pixels(images)  # first: features may be under way from another process
-        return self.io.receive(self.mode, images), pixels
+        first = self.stage[0].index
+        if first and self._averages_next(self.local_modules[first - 1]):
+            self.io.send_back(self.local_modules[first].units[0])
+        return self._receive(images), pixels
+
+    def _receive(self, images: Tensor) -> ForwardState:
+        state = self.io.receive(self.mode, images)
+        head = self.local_modules[-1].head
+        if head.task.follows and state.prediction is None:  # no module before has predicted
+            classes = head[-1].out_features
+            state.prediction = images.new_full((len(images), classes), 1 / classes)
+        return state
 
     def module_step(
         self,
@@ -313,7 +385,7 @@ class ContSupNetwork(nn.Module):
         targets: Tensor,
         pixels: Tensor | None,
         scale_loss: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Run one module's context, forward, loss and backward (equations 1 to 9).
 
         Gradients add to what `.grad` has, and `state` gets the detached output for the next module.
@@ -327,21 +399,31 @@ class ContSupNetwork(nn.Module):
             pixels: (N, 3, H, W) target of a decoder, from `pixels`; None where nothing decodes.
             scale_loss: gives the 0-d tensor to go backward from, for a loss scaler.
         Returns:
-            0-d loss and head output (N, D), detached.
+            0-d loss and head output (N, D), detached. None from a module without a loss of its own,
+            which is the first one of windows (models/windows.py).
         """
+        if self.overlap_weight is not None:
+            return window_step(self, module, state, targets, pixels, scale_loss)
         learns = any(parameter.requires_grad for parameter in module.parameters())
+        follows = module.head.task.follows
+        before = [state.prediction] if follows else []
         with nullcontext() if learns else torch.no_grad(), self.autocast(targets.device):
-            h_in = self._supplied(module, state)
-            h_out, output, *losses = module.forward_and_losses(h_in, targets, pixels)
+            h_in = self.supplied(module, state)
+            h_out, output, *losses = module.forward_and_losses(h_in, targets, pixels, *before)
         del h_in  # from here on only autograd keeps it
-        self._pass_on(module, state, h_out)
+        if follows:
+            state.prediction = output.softmax(dim=1)
+        self.pass_on(module, state, h_out)
         loss = module.local_loss(*losses)
         if learns:
-            with _without_autocast(targets.device):  # of the caller's
+            with self.without_autocast(targets.device):
                 (loss if scale_loss is None else scale_loss(loss)).backward()
+        if self._averages_next(module):
+            module.momentum.update(self._next_weights(module))
+        state.finished.append(module)
         return loss.detach(), output
 
-    def _supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
+    def supplied(self, module: LocalModule, state: ForwardState) -> Tensor:
         """Return the module's h_in (N, C, S, S) (equation 1), and push it to the contexts."""
         h, state.h = state.h, None  # so that the context can take the place of the features
         if module.index:
@@ -349,12 +431,31 @@ class ContSupNetwork(nn.Module):
             state.contexts.push(h.detach())
         return h
 
-    def _pass_on(self, module: LocalModule, state: ForwardState, h_out: Tensor) -> None:
+    def pass_on(self, module: LocalModule, state: ForwardState, h_out: Tensor) -> None:
         """Keep a module's detached output for the next one, in this process or another."""
         state.h = h_out
-        modules = range(len(self.local_modules))
-        if module.index == (self._own_modules or modules)[-1]:
+        if module.index == self._own[-1]:
             self.io.send(state)
+
+    @property
+    def _own(self) -> range:
+        return self._own_modules or range(len(self.local_modules))
+
+    def _averages_next(self, module: LocalModule) -> bool:
+        return module.momentum is not None and not module.frozen
+
+    def _next_weights(self, module: LocalModule) -> list[Tensor]:
+        """Return the weights of the next module's first block, before its step on this batch."""
+        following = module.index + 1
+        if following in self._own:
+            return list(self.local_modules[following].units[0].parameters())
+        return self.io.receive_back()
+
+    def without_autocast(self, device: torch.device) -> AbstractContextManager:
+        """Return the context of a backward, which is not in a caller's autocast."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.autocast(device.type, enabled=False)
+        return nullcontext()
 
     def pixels(self, images: Tensor) -> Tensor | None:
         """Return un-normalised images in [0, 1], the decoders' target; None without decoders."""
@@ -374,20 +475,10 @@ class ContSupNetwork(nn.Module):
             counts["backbone"] += _count(module.units)
             counts["context"] += _count(module.context)
             counts["backbone" if module is last else "auxiliary"] += _count(module.head)
-            counts["auxiliary"] += _count(module.decoder)
+            for part in (module.decoder, module.momentum, module.own_head):
+                counts["auxiliary"] += _count(part)
         return counts
 
 
 def _count(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def to_float32(x: Tensor) -> Tensor:
-    """Return x, or a float32 copy of float16 or bfloat16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -76,11 +76,6 @@ Each unit maps features to features, (N, C, S, S) -> (N, C', S', S'), and has `o
 """
 
 
-def real_head(channels: int, num_classes: int) -> nn.Sequential:
-    """Return global average pool and linear layer: (N, C, S, S) -> logits (N, num_classes)."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
-
-
 def initialise(network: nn.Module) -> None:
     """Initialise conv weights as published, in place: normal with std sqrt(2 / (kh*kw*out)).
 

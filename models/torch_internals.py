@@ -17,6 +17,7 @@ __all__ = [
     "compile_errors",
     "hidden_from_profiler",
     "keep_graphs_whole",
+    "keep_saved_tensors",
     "raise_recompile_limits",
 ]
 
@@ -52,6 +53,17 @@ def keep_graphs_whole() -> None:
     """
     if hasattr(torch._dynamo.config, "optimize_ddp"):
         torch._dynamo.config.optimize_ddp = False
+
+
+def keep_saved_tensors() -> None:
+    """Have a compiled backward leave what the forward saved, so that it can run a second time.
+
+    It holds for the process. Torch 2.6 and later reuse that memory unless they are told not to.
+    """
+    from torch._functorch import config  # here, because it takes time
+
+    if hasattr(config, "donated_buffer"):
+        config.donated_buffer = False
 
 
 def allocations(profiler: torch.profiler.profile) -> list[int]:

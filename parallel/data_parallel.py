@@ -104,8 +104,9 @@ class DataParallelStrategy(ParallelStrategy):
         for module in network.stage:
             if self.sync_bn:
                 SyncBatchNorm2d.convert(module)
-            if module.task.compares_samples:
-                module.task = self.batch.compare_with_all(module.task)
+            for head in filter(None, (module.head, module.own_head)):
+                if head.task.compares_samples:
+                    head.task = self.batch.compare_with_all(head.task)
             if not module.frozen:
                 _wrap_step(module, self.batch)
         if network.compiled:
@@ -161,7 +162,7 @@ class _Step(nn.Module):
         self.run = module.forward_and_losses
 
     def forward(
-        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None
+        self, h_in: Tensor, targets: Tensor, pixels: Tensor | None, *before: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Run `LocalModule.forward_and_losses`, and weight the gradients of the losses.
 
@@ -170,7 +171,7 @@ class _Step(nn.Module):
         parts of the backward (sync_bn, the contrastive loss) sum over the ranks already.
         """
         self.batch.check(len(targets))
-        h_out, output, *parts = self.run(h_in, targets, pixels)
+        h_out, output, *parts = self.run(h_in, targets, pixels, *before)
         weight = self.batch.weight()
         for part in parts:
             if part is not None and weight != 1:

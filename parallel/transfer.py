@@ -12,7 +12,7 @@ from torch import Tensor
 from configs import InputError
 from engine.device import memory_format, wait_for
 from models import build_network
-from models.context import ContextMode, Contexts
+from models.context import ContextMode
 from models.network import ForwardState, StageIO
 from models.torch_internals import FakeTensorMode, hidden_from_profiler
 
@@ -90,7 +90,7 @@ class _Recorder(StageIO):
     def receive(self, mode: ContextMode, images: Tensor) -> ForwardState:
         if not self.sent:
             return super().receive(mode, images)
-        state = received_state(mode, images, self.sent[-1])
+        state = ForwardState.received(mode, images, self.sent[-1])
         received = state.contexts.named()
         for name in self.offered.keys() | received.keys():
             if received.get(name) is not self.offered.get(name):
@@ -101,14 +101,8 @@ class _Recorder(StageIO):
         return state
 
     def send(self, state: ForwardState) -> None:
-        self.sent.append([state.h, *state.contexts.pushed()])
+        self.sent.append(state.tensors())
         self.offered = state.contexts.named()
-
-
-def received_state(mode: ContextMode, images: Tensor, tensors: Sequence[Tensor]) -> ForwardState:
-    """Return the state in which features and window were sent, from what was received."""
-    h, *pushed = tensors
-    return ForwardState(h, Contexts.received(mode, images, pushed))
 
 
 class Link(StageIO):
@@ -155,15 +149,14 @@ class Link(StageIO):
         tensors, works = self._coming.popleft()
         self._wait(works)
         self._expect()
-        return received_state(mode, images, tensors)
+        return ForwardState.received(mode, images, tensors)
 
     def send(self, state: ForwardState) -> None:
         if self.outgoing is None:
             return
         if len(self._going) == IN_FLIGHT:
             self._wait(self._going.popleft()[1])
-        tensors = (state.h, *state.contexts.pushed())
-        specs_and_tensors = zip(self.outgoing, tensors, strict=True)
+        specs_and_tensors = zip(self.outgoing, state.tensors(), strict=True)
         pieces = [spec.contiguous_view(spec.matched(tensor)) for spec, tensor in specs_and_tensors]
         with hidden_from_profiler():
             self._going.append((pieces, [self._send(piece) for piece in pieces]))

@@ -27,6 +27,13 @@ END_TO_END = {
     "loss_scale": None,
     "recompute": False,
     "train_modules": None,
+    "aux_net_config": "1c2f",
+    "momentum_aux": None,
+    "momentum_aux_mix": "fixed",
+    "overlap": 0,
+    "consistency": None,
+    "patch_decoder": False,
+    "loss_scale_rule": "module",
 }
 """Arguments of `build_network` that turn any run into plain end-to-end training."""
 

@@ -202,7 +202,7 @@ def step_by_parts(number):
                 outputs.setdefault(module, []).append(module.head(h_out))
             buffers = buffers or [buffer.clone() for buffer in network.buffers()]
         for module, optimizer in zip(network.stage, optimizers, strict=True):
-            module.task.function(torch.cat(outputs[module]), targets).backward()
+            module.head.task.function(torch.cat(outputs[module]), targets).backward()
             optimizer.step_and_free()
         for buffer, of_first in zip(network.buffers(), buffers, strict=True):
             buffer.copy_(of_first)

@@ -120,7 +120,7 @@ SLIGHTLY_OTHER = {
         optimizer.param_groups[0].update(nesterov=False), step(optimizer))),
     "r32_k8_R2_softmax": (Contexts, "push", lambda push: lambda contexts, h: (
         push(contexts, h * 1.0001))),
-    "r32_k8_R0_softmax_decoder": (models.network, "reconstruction_loss", lambda loss: (
+    "r32_k8_R0_softmax_decoder": (models.auxiliary, "reconstruction_loss", lambda loss: (
         lambda decoded, pixels: loss(decoded, pixels * 0.9999))),
 }  # fmt: skip
 

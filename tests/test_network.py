@@ -14,7 +14,7 @@ from configs import InputError, choose_cuts, published_loss_scale
 from engine.memory import LiveBytes
 from engine.step import Totals, make_optimizers, reconstructions, train_step
 from models import LocalModule, build_network
-from models.auxiliary import auxiliary_head
+from models.auxiliary import build_head
 from models.context import IMAGE_ENCODERS, Contexts, ContextSupply, Encoder, ImageEncoder
 
 MODES = ["R0", "R1", "R2", "R3", "E", "R1E", "R2E"]
@@ -350,7 +350,7 @@ def test_balanced_modules_end_at_their_cuts_and_have_the_weights_of_their_row():
     ],
 )
 def test_auxiliary_head_layers_by_hand(config, widen, convs, linears):
-    head = auxiliary_head(16, 7, config, widen, 128)
+    head = build_head(config, channels=16, size=32, outputs=7, widen=widen)
     found = [(c.in_channels, c.out_channels, c.stride[0]) for c in head if isinstance(c, nn.Conv2d)]
     assert found == convs
     assert [(x.in_features, x.out_features) for x in head if isinstance(x, nn.Linear)] == linears
