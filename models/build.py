@@ -152,17 +152,15 @@ def build_network(
     _check_range("overlap", overlap, _is_whole(overlap) and overlap in (0, 1), "0 or 1")
     depth_fits = aux_net_depth is None or (_is_whole(aux_net_depth) and aux_net_depth > 0)
     _check_range("aux_net_depth", aux_net_depth, depth_fits, "a whole number of at least 1")
-    _, head_builder = find_head(aux_net_config)  # raises InputError
+    find_head(aux_net_config)  # raises InputError
 
     K = local_module_num
     task = LOCAL_LOSSES[local_loss_mode]
-    of_cuts = {
-        f"aux_net_config {aux_net_config}": head_builder is later_blocks_head,
-        "momentum_aux": momentum_aux is not None, "overlap": overlap > 0,
-        "consistency": consistency is not None,
-    }  # fmt: skip
-    for name in (name for name, is_given in of_cuts.items() if is_given and K == 1):
-        raise InputError(f"{name} is for the modules before a cut, and local_module_num 1 has none")
+    for name in options_of_cuts(aux_net_config, momentum_aux, overlap, consistency):
+        if K == 1:
+            raise InputError(
+                f"{name} is for the modules before a cut, and local_module_num 1 has none"
+            )
     exclusive = {
         "consistency and local_loss_mode contrast": consistency is not None and not task.classifies,
         "consistency and overlap": consistency is not None and overlap > 0,
@@ -262,6 +260,23 @@ def build_network(
         for module in (m for i, m in enumerate(modules) if i not in train_modules):
             module.freeze()
     return network
+
+
+OPTIONS_OF_CUTS = ("aux_net_config", "momentum_aux", "overlap", "consistency")
+"""Arguments of `options_of_cuts`."""
+
+
+def options_of_cuts(
+    aux_net_config: str, momentum_aux: float | None, overlap: int, consistency: float | None
+) -> list[str]:
+    """Return which of these arguments of `build_network` are given, and need two modules."""
+    is_given = {
+        f"aux_net_config {aux_net_config}": find_head(aux_net_config)[1] is later_blocks_head,
+        "momentum_aux": momentum_aux is not None,
+        "overlap": overlap > 0,
+        "consistency": consistency is not None,
+    }
+    return [name for name, given in is_given.items() if given]
 
 
 def _split(units: dict[Cut, nn.Module], cuts: Sequence[Cut]) -> list[dict[Cut, nn.Module]]:

@@ -191,9 +191,9 @@ class StageIO:
     def send_back(self, block: nn.Module) -> None:
         """Give the process before the weights of this stage's first block, for its average."""
 
-    def receive_back(self) -> list[Tensor]:
-        """Return the weights of the next process's first block, as its `send_back` had them."""
-        raise NotImplementedError
+    def receive_back(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights, of these shapes, that the next process gave to its `send_back`."""
+        raise NotImplementedError("no process has the next module")
 
     def in_flight(self) -> Sequence[Tensor]:
         """Return the tensors that are in memory between two steps because of transfers."""
@@ -365,10 +365,21 @@ class ContSupNetwork(nn.Module):
     def begin(self, images: Tensor) -> tuple[ForwardState, Tensor | None]:
         """Return the state before the first module, and the decoders' target, for `module_step`."""
         pixels = self.pixels(images)  # first: features may be under way from another process
-        first = self.stage[0].index
-        if first and self._averages_next(self.local_modules[first - 1]):
-            self.io.send_back(self.local_modules[first].units[0])
+        if self._sends_back:
+            self.io.send_back(self.stage[0].units[0])
         return self._receive(images), pixels
+
+    @property
+    def _sends_back(self) -> bool:
+        """Whether a module in another process averages the weights of this stage's first block."""
+        first = self._own[0]
+        return first > 0 and self._averages_next(self.local_modules[first - 1])
+
+    @property
+    def bytes_back(self) -> int:
+        """The bytes that go back to the process before, once a step (`--momentum_aux`)."""
+        weights = self.stage[0].units[0].parameters() if self._sends_back else ()
+        return sum(p.nbytes for p in weights)
 
     def _receive(self, images: Tensor) -> ForwardState:
         state = self.io.receive(self.mode, images)
@@ -449,7 +460,7 @@ class ContSupNetwork(nn.Module):
         following = module.index + 1
         if following in self._own:
             return list(self.local_modules[following].units[0].parameters())
-        return self.io.receive_back()
+        return self.io.receive_back(list(module.momentum.average.parameters()))
 
     def without_autocast(self, device: torch.device) -> AbstractContextManager:
         """Return the context of a backward, which is not in a caller's autocast."""

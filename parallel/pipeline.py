@@ -58,19 +58,23 @@ class PipelineStrategy(ParallelStrategy):
         self.waits = self.link.waits
 
     def _connect(self, cuts: Sequence[Sequence[FeatureSpec]], device: torch.device) -> Link:
-        # A group for each cut: its transfers wait for no other cut's, and for no stop signal.
-        pairs = [
-            dist.new_group([rank, rank + 1], timeout=ALIVE_TIMEOUT) for rank in range(self.size - 1)
-        ]
-        own = self.ranges[self.rank]
-        incoming = receive = outgoing = send = None
+        # A group for each cut: its transfers wait for no other cut's, and for no stop signal. One
+        # for what goes back, too.
+        pairs, pairs_back = (
+            [dist.new_group([r, r + 1], timeout=ALIVE_TIMEOUT) for r in range(self.size - 1)]
+            for _ in range(2)
+        )
+        own, before, after = self.ranges[self.rank], self.rank - 1, self.rank + 1
+        incoming = receive = outgoing = send = receive_back = send_back = None
         if self.rank > 0:
-            incoming, group = cuts[own.start - 1], pairs[self.rank - 1]
-            receive = partial(dist.irecv, src=self.rank - 1, group=group)
+            incoming = cuts[own.start - 1]
+            receive = partial(dist.irecv, src=before, group=pairs[before])
+            send_back = partial(dist.isend, dst=before, group=pairs_back[before])
         if self.rank < self.size - 1:
-            outgoing, group = cuts[own.stop - 1], pairs[self.rank]
-            send = partial(dist.isend, dst=self.rank + 1, group=group)
-        return Link(device, incoming, receive, outgoing, send)
+            outgoing = cuts[own.stop - 1]
+            send = partial(dist.isend, dst=after, group=pairs[self.rank])
+            receive_back = partial(dist.irecv, src=after, group=pairs_back[self.rank])
+        return Link(device, incoming, receive, outgoing, send, receive_back, send_back)
 
     def describe(self) -> dict[str, Any]:
         ranges = [format_range(modules) for modules in self.ranges]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import InputError
 from engine.device import memory_format, wait_for
@@ -21,7 +21,10 @@ IN_FLIGHT = 2
 
 
 class FeatureSpec(NamedTuple):
-    """Shape of one sample, dtype and memory format of a tensor that crosses a cut."""
+    """Shape of one sample, dtype and memory format of a tensor that crosses a cut.
+
+    Features are (N, C, S, S); a prediction (`--consistency`) is (N, classes).
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,8 +32,9 @@ class FeatureSpec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "FeatureSpec":
-        """Return the spec of features (N, C, S, S)."""
-        is_channels_last = tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
+        """Return the spec of a tensor whose first dimension is the samples."""
+        is_map = tensor.dim() == 4
+        is_channels_last = is_map and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
         layout = torch.channels_last if is_channels_last else torch.contiguous_format
         return cls(tuple(tensor.shape[1:]), tensor.dtype, layout)
 
@@ -109,7 +113,8 @@ class Link(StageIO):
     """Receives features from the process before, and sends them to the next.
 
     The next batch's features are being received while this batch trains, and this batch's are sent
-    during the backward. Traffic goes one way: a message back could wait for such a receive forever.
+    during the backward. In one group traffic goes one way: a message back could wait for such a
+    receive forever. So what `--momentum_aux` sends back, once a step, has groups of its own.
 
     Args:
         device: of the features.
@@ -117,6 +122,7 @@ class Link(StageIO):
         receive: `dist.irecv` from the process before: contiguous tensor -> Work.
         outgoing: specs of what the next process expects; None for the last process.
         send: `dist.isend` to the next process: contiguous tensor -> Work.
+        receive_back, send_back: the same from the next process, and to the one before.
     """
 
     def __init__(
@@ -126,13 +132,17 @@ class Link(StageIO):
         receive: Callable[[Tensor], dist.Work] | None,
         outgoing: Sequence[FeatureSpec] | None,
         send: Callable[[Tensor], dist.Work] | None,
+        receive_back: Callable[[Tensor], dist.Work] | None = None,
+        send_back: Callable[[Tensor], dist.Work] | None = None,
     ) -> None:
         self.device, self.incoming, self.outgoing = device, incoming, outgoing
         self._receive, self._send = receive, send
+        self._receive_back, self._send_back = receive_back, send_back
         self.waits = DeviceWaits(device)
         self._sizes: deque[int] = deque()
         self._coming: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
         self._going: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+        self._going_back: deque[tuple[Tensor, dist.Work]] = deque()
 
     def begin(self, sizes: Sequence[int]) -> None:
         """Expect batches of these sizes, one after the other."""
@@ -161,14 +171,35 @@ class Link(StageIO):
         with hidden_from_profiler():
             self._going.append((pieces, [self._send(piece) for piece in pieces]))
 
+    def send_back(self, block: nn.Module) -> None:
+        self._finish_back()
+        weights = torch.cat([p.detach().flatten() for p in block.parameters()])
+        with hidden_from_profiler():
+            self._going_back.append((weights, self._send_back(weights)))
+
+    def receive_back(self, like: Sequence[Tensor]) -> list[Tensor]:
+        sizes = [tensor.numel() for tensor in like]
+        weights = torch.empty(sum(sizes), dtype=like[0].dtype, device=self.device)
+        with hidden_from_profiler():
+            work = self._receive_back(weights)
+        self._wait([work])
+        parts = zip(weights.split(sizes), like, strict=True)
+        return [part.view(tensor.shape) for part, tensor in parts]
+
     def in_flight(self) -> list[Tensor]:
         """Return what was received ahead of time, and what has not been sent."""
-        return [t for tensors, _ in (*self._coming, *self._going) for t in tensors]
+        features = [t for tensors, _ in (*self._coming, *self._going) for t in tensors]
+        return [*features, *(weights for weights, _ in self._going_back)]
 
     def flush(self) -> None:
         """Wait until everything has been sent."""
         while self._going:
             self._wait(self._going.popleft()[1])
+        self._finish_back()
+
+    def _finish_back(self) -> None:
+        while self._going_back:
+            self._wait([self._going_back.popleft()[1]])
 
     def _expect(self) -> None:
         if self.incoming is None or not self._sizes:

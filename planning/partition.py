@@ -21,6 +21,7 @@ from configs import Cut, InputError, choose_cuts, published_loss_scale
 from engine.console import readable
 from engine.memory import LiveBytes
 from models import LocalModule, build_network
+from models.build import OPTIONS_OF_CUTS, options_of_cuts
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
 from models.torch_internals import FakeTensorMode
@@ -106,11 +107,15 @@ class Costs:
             (all_units,) = build_network(**arguments | END_TO_END).local_modules
             self.units, self.shapes = unit_costs(all_units, images, arguments["recompute"])
             self.names = all_units.unit_names
-            by_shape = {}
-            for module in self._one_of_each_stage():
-                shape = self.shapes[self.names.index(module.unit_names[-1])]
-                by_shape[shape] = head_costs(module, shape, images, targets)
-            heads = [by_shape[shape] for shape in self.shapes[:-1]]
+            by_kind, heads = {}, []
+            for module, shape in zip(self._one_for_each_unit(), self.shapes[:-1], strict=True):
+                kind = (
+                    shape,
+                    *(p.shape for part in owned_parts(module) for p in part.parameters()),
+                )
+                if kind not in by_kind:
+                    by_kind[kind] = head_costs(module, shape, images, targets)
+                heads.append(by_kind[kind])
             heads.append(head_costs(all_units, self.shapes[-1], images, targets))
         self.heads = HeadCosts(*np.array(heads, dtype=float).T)
         self.image: Shape = tuple(images.shape[1:3])
@@ -119,12 +124,12 @@ class Costs:
         self.saved = np.concatenate([[0], np.cumsum(self.units.saved)])
         self._supplies: dict[tuple, SupplyCost] = {}
 
-    def _one_of_each_stage(self) -> list[LocalModule]:
-        """Return modules with auxiliary heads, one ending in each stage."""
-        cuts = [name for name in ((0, 0), (2, 0), (3, 0)) if name in self.names[:-1]]
+    def _one_for_each_unit(self) -> list[LocalModule]:
+        """Return a module with an auxiliary head for each unit but the last."""
+        cuts = self.names[:-1]
         changed = {
             "cuts": cuts, "local_module_num": len(cuts) + 1, "context_mode": "R0",
-            "train_modules": None,
+            "train_modules": None, "overlap": 0,
         }  # fmt: skip
         if self.arguments["h_reconstruct"]:
             changed["loss_scale"] = (1, 1, 1, 1)
@@ -254,13 +259,21 @@ def _meter_units(
 def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCosts:
     """Return the costs of the module's head and decoder on features (N, C, S, S)."""
     h_out = features(len(images), shape).requires_grad_()
-    owned = nn.ModuleList(m for m in (module.head, module.decoder) if m is not None)
+    owned = nn.ModuleList(owned_parts(module))
+    follows = module.head.task.follows
+    predicted = [torch.empty(len(images), module.head[-1].out_features)] if follows else []
     with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
         before = meter.live
-        output, *losses = module.losses(h_out, targets, images)
+        output, *losses = module.losses(h_out, targets, images, *predicted)
         module.local_loss(*losses).backward()
     peak = meter.peak - before
     return HeadCosts(peak, output.nbytes, parameter_bytes(owned), state_bytes(owned))
+
+
+def owned_parts(module: LocalModule) -> list[nn.Module]:
+    """Return what follows a module's units: blocks before the head, head, and decoder."""
+    parts = (module.momentum, module.head, module.decoder)
+    return [part for part in parts if part is not None]
 
 
 def supply_cost(
@@ -307,13 +320,14 @@ def feature_bytes(batch_size: int, shape: Shape) -> int:
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Return the bytes of all parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+    """Return the bytes of the parameters that train, and so of their gradients."""
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def state_bytes(module: nn.Module) -> int:
     """Return the bytes of weights, momentum and statistics."""
-    return 2 * parameter_bytes(module) + sum(b.nbytes for b in module.buffers())
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    return weights + parameter_bytes(module) + sum(b.nbytes for b in module.buffers())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -424,7 +438,7 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
         if kind == "auto" and costs.search.peaks[K] > budget - costs.fixed:
             continue
         ends = _ends(costs, kind, K)
-        if max(costs.peaks(ends)) <= budget:  # by the sum of the parts
+        if max(costs.peaks(ends)) <= budget:  # by the sum of the parts; a window has more
             cuts = costs.cuts(ends)
             peak = metered_peak(arguments, batch_size, cuts)
             if peak <= budget:
@@ -432,6 +446,8 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
     if kind == "auto":
         allowed = [min(allowed, key=lambda K: costs.search.peaks[K])]
     peak, K = min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
+    if arguments["overlap"]:
+        peak = metered_peak(arguments, batch_size, costs.cuts(_ends(costs, kind, K)))
     raise InputError(
         f"no {kind} cuts of ResNet-{arguments['layers']} fit {readable(budget)} at batch size "
         f"{batch_size}: the smallest peak found is {readable(peak)}, with {K} modules; take a "
@@ -450,7 +466,8 @@ def _allowed(costs: Costs, kind: str) -> list[int]:
         f"ResNet-{a['layers']} has {count} units"
     )
     trained = max(a.get("train_modules") or [0])
-    for K in range(max(1, costs.mode.recent, trained + 1), count + 1):
+    least = 2 if options_of_cuts(*(a[name] for name in OPTIONS_OF_CUTS)) else 1
+    for K in range(max(least, costs.mode.recent, trained + 1), count + 1):
         try:
             if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:
                 published_loss_scale(a["layers"], K, a["dataset"], kind == "balanced")

@@ -29,7 +29,7 @@ class DevicePlan:
     """One process: its modules by index, and what a full batch costs it.
 
     `peak_bytes` is of a step in the middle of an epoch, when as many features are in flight as
-    there can be.
+    there can be. `bytes_back` are the weights that go to the process before with `--momentum_aux`.
     """
 
     modules: list[int]
@@ -37,6 +37,7 @@ class DevicePlan:
     peak_bytes: int
     bytes_in: int
     bytes_out: int
+    bytes_back: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def plan_device(
     incoming, outgoing = cuts[modules.start], cuts[modules.stop]
     transfer = torch.futures.Future()
     transfer.set_result(None)  # nothing travels: each transfer is complete at once
-    link = Link(images.device, incoming, lambda _: transfer, outgoing, lambda _: transfer)
+    done = lambda _: transfer  # noqa: E731
+    link = Link(images.device, incoming, done, outgoing, done, done, done)
     network.set_stage(modules, link)
     link.begin([len(targets)] * (IN_FLIGHT + 2))  # one more than there are steps below
     with torch.no_grad():
@@ -146,6 +148,7 @@ def plan_device(
         peak_bytes=max(step_peaks(network, images, targets)),
         bytes_in=sum(spec.nbytes(len(targets)) for spec in incoming or ()),
         bytes_out=sum(spec.nbytes(len(targets)) for spec in outgoing or ()),
+        bytes_back=network.bytes_back,
     )
 
 
@@ -182,11 +185,11 @@ def print_parallel_plan(plan: ParallelPlan) -> None:
               f"{p.largest_link_bytes / MB:8,.1f} {p.binding_gbs:16.3g}")  # fmt: skip
     if len(plan.plans) > 1:
         return
-    print("rank   modules % of FLOPs  peak MiB    MB in   MB out")
+    print("rank   modules % of FLOPs  peak MiB    MB in   MB out  MB back")
     devices = plan.plans[0].devices
     flops = sum(device.train_flops_per_sample for device in devices)
     for rank, d in enumerate(devices):
         modules = format_range(range(d.modules[0], d.modules[-1] + 1))
         share = 100 * d.train_flops_per_sample / flops
-        print(f"{rank:4} {modules:>9} {share:10.1f} {d.peak_bytes / MIB:9,.0f} "
-              f"{d.bytes_in / MB:8,.1f} {d.bytes_out / MB:8,.1f}")  # fmt: skip
+        traffic = f"{d.bytes_in / MB:8,.1f} {d.bytes_out / MB:8,.1f} {d.bytes_back / MB:8,.2f}"
+        print(f"{rank:4} {modules:>9} {share:10.1f} {d.peak_bytes / MIB:9,.0f} {traffic}")

@@ -34,6 +34,8 @@ METHODS = {
     "R1E": ["--context_mode", "R1E", "--recompute", *DECODER],
     "R4": ["--context_mode", "R4", "--amp", "fp16", *SOFTMAX],
     "val": ["--context_mode", "E", *SOFTMAX, *HELD_OUT],
+    "manpp": ["--method", "manpp", "--context_mode", "R1E", "--recompute"],
+    "sid": ["--method", "sid", "--context_mode", "R2", "--amp", "bf16"],
 }
 
 MODULES = ["--parallel", "modules"]
@@ -115,6 +117,9 @@ def check_figures_by_rank(folder, processes):
 @pytest.mark.parametrize(("name", "ranges"), [
     ("R1E", ["0", "1-3"]),
     ("val", ["0-1", "2-3"]),
+    ("manpp", ["0-1", "2-3"]),
+    pytest.param("manpp", ["0", "1", "2-3"], marks=slow),
+    ("sid", ["0", "1-3"]),
     pytest.param("R1E", ["0-3"], marks=slow),
     pytest.param("E", ["0-2", "3"], marks=slow),
     pytest.param("R4", ["0", "1", "2", "3"], marks=slow),
