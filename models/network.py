@@ -217,6 +217,8 @@ class ContSupNetwork(nn.Module):
         local_modules: an nn.ModuleList. A LocalModule put in the place of another is run, trained
             and saved from then on; make an optimizer for it.
         io: how features reach the stage and leave it.
+        average_gradients: called with each module of a window whose gradients are complete, where
+            other processes have some too.
     """
 
     def __init__(
@@ -235,6 +237,7 @@ class ContSupNetwork(nn.Module):
         self.dataset = dataset
         self.autocast_dtype = autocast_dtype
         self.overlap_weight = overlap_weight
+        self.average_gradients: Callable[[LocalModule], None] | None = None
         self.compiled = False
         self._own_modules: range | None = None
         self.io = StageIO()

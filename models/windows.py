@@ -75,14 +75,16 @@ def window_step(
         (own_loss * scale).backward()
         gradient, features.grad = features.grad, None
         state.window = OpenWindow(module, h_out, features, gradient, scale)
-        close_window(before, scale, state)
+        close_window(network, before, scale, state)
         if module is network.local_modules[-1]:
-            close_window(state.window, scale, state)
+            close_window(network, state.window, scale, state)
             state.window = None
     return (loss + own_loss).detach(), output.detach()
 
 
-def close_window(window: OpenWindow, scale: Tensor, state: "ForwardState") -> None:
+def close_window(
+    network: "ContSupNetwork", window: OpenWindow, scale: Tensor, state: "ForwardState"
+) -> None:
     """Run a module's last backward: that of its own loss and of the window it opens.
 
     Args:
@@ -94,6 +96,8 @@ def close_window(window: OpenWindow, scale: Tensor, state: "ForwardState") -> No
         gradient = of_window if gradient is None else gradient + of_window
     trained = [p for p in window.module.parameters() if p.requires_grad]
     window.h_out.backward(gradient, inputs=trained)
+    if network.average_gradients is not None:
+        network.average_gradients(window.module)
     state.finished.append(window.module)
 
 

@@ -23,7 +23,7 @@ from losses import TaskLoss
 from models import ContSupNetwork, LocalModule
 from models.torch_internals import keep_graphs_whole
 from parallel.strategy import ParallelStrategy
-from parallel.sync_batchnorm import SyncBatchNorm2d, gather_rows
+from parallel.sync_batchnorm import gather_rows, synchronise
 
 
 class SharedBatch:
@@ -51,6 +51,13 @@ class SharedBatch:
         DistributedDataParallel divides by the world size, so every sample weighs the same.
         """
         return self.sizes[self.rank] * self.number / sum(self.sizes)
+
+    def weigh(self, *losses: Tensor | None) -> None:
+        """Have the gradients of 0-d losses multiplied by the weight."""
+        weight = self.weight()
+        for loss in losses:
+            if loss is not None and weight != 1:
+                loss.register_hook(lambda grad: grad * weight)
 
     def compare_with_all(self, task: TaskLoss) -> TaskLoss:
         """Return a loss that compares this rank's samples with those of all ranks."""
@@ -103,12 +110,18 @@ class DataParallelStrategy(ParallelStrategy):
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         for module in network.stage:
             if self.sync_bn:
-                SyncBatchNorm2d.convert(module)
+                synchronise(module)
             for head in filter(None, (module.head, module.own_head)):
                 if head.task.compares_samples:
                     head.task = self.batch.compare_with_all(head.task)
-            if not module.frozen:
+            if network.overlap_weight is not None:
+                _weigh_losses(module, self.batch)
+            elif not module.frozen:
                 _wrap_step(module, self.batch)
+        if network.overlap_weight is not None:
+            for parameter in network.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+            network.average_gradients = _average_gradients
         if network.compiled:
             keep_graphs_whole()
 
@@ -172,10 +185,7 @@ class _Step(nn.Module):
         """
         self.batch.check(len(targets))
         h_out, output, *parts = self.run(h_in, targets, pixels, *before)
-        weight = self.batch.weight()
-        for part in parts:
-            if part is not None and weight != 1:
-                part.register_hook(lambda grad: grad * weight)
+        self.batch.weigh(*parts)
         return h_out, output, *parts
 
 
@@ -190,3 +200,34 @@ def _wrap_step(module: LocalModule, batch: SharedBatch) -> None:
     step = DistributedDataParallel(_Step(module, batch), gradient_as_bucket_view=True, **buffers)
     # A bound method is not registered as a submodule, so the names in the state_dict stay.
     module.forward_and_losses = step.__call__
+
+
+def _weigh_losses(module: LocalModule, batch: SharedBatch) -> None:
+    """Weigh the gradients of a module's losses in windows, as `_Step` does."""
+    losses, own_loss = module.losses, module.own_loss
+
+    def weighed_losses(h_out: Tensor, targets: Tensor, pixels: Tensor | None) -> tuple:
+        batch.check(len(targets))
+        output, *parts = losses(h_out, targets, pixels)
+        batch.weigh(*parts)
+        return output, *parts
+
+    def weighed_own_loss(h_out: Tensor, targets: Tensor) -> Tensor:
+        loss = own_loss(h_out, targets)
+        batch.weigh(loss)
+        return loss
+
+    module.losses, module.own_loss = weighed_losses, weighed_own_loss
+
+
+def _average_gradients(module: LocalModule) -> None:
+    """Average a module's gradients over the ranks.
+
+    A window's backward runs twice through a module, which DistributedDataParallel does not expect.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    mean = torch.cat([grad.flatten() for grad in gradients])
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    for grad, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        grad.copy_(part.view(grad.shape))

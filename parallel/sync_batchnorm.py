@@ -1,4 +1,4 @@
-"""BatchNorm2d that takes its statistics over the batches of all ranks (`--sync_bn`).
+"""BatchNorm that takes its statistics over the batches of all ranks (`--sync_bn`).
 
 torch.nn.SyncBatchNorm runs on CUDA alone. This one is made of differentiable operations, so it runs
 wherever torch.distributed does, and the tests compare it with one process on the CPU.
@@ -12,8 +12,8 @@ from configs import InputError
 from models.cpu_batch_norm import update_running_statistics
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over the ranks of the default group, which run the same layers in training.
+class _SyncBatchNorm:
+    """BatchNorm over the ranks of the default group, which run the same layers in training.
 
     The ranks' parts of a batch may differ in size. Each channel is computed by itself, so encoders
     can run it in groups of channels: `channelwise` says so.
@@ -21,20 +21,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     channelwise = True
 
-    @classmethod
-    def convert(cls, module: nn.Module) -> None:
-        """Turn each BatchNorm2d inside a module into this class. Tensors and names stay.
-
-        Raises InputError for a BatchNorm of another kind.
-        """
-        for layer in module.modules():
-            if type(layer) is nn.BatchNorm2d:
-                layer.__class__ = cls
-            elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                raise InputError(f"--sync_bn is for BatchNorm2d, not {type(layer).__name__}")
-
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, C, H, W) normalised. In training statistics are float32 or wider."""
+        """Return x (N, C) or (N, C, H, W) normalised. Statistics are float32 or wider."""
         if not self.training:
             return super().forward(x)
         promoted = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -43,7 +31,32 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         scale = (var + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], promoted, scale[:, None, None]).to(x.dtype)
+        of_channel = (-1, *(1 for _ in x.shape[2:]))
+        return torch.addcmul(shift.view(of_channel), promoted, scale.view(of_channel)).to(x.dtype)
+
+
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
+    """BatchNorm1d over the ranks."""
+
+
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
+    """BatchNorm2d over the ranks."""
+
+
+SYNCED = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
+
+
+def synchronise(module: nn.Module) -> None:
+    """Have each BatchNorm inside a module take its statistics over the ranks.
+
+    Tensors and names stay. Raises InputError for a BatchNorm of another kind.
+    """
+    for layer in module.modules():
+        if type(layer) in SYNCED:
+            layer.__class__ = SYNCED[type(layer)]
+        elif isinstance(layer, nn.BatchNorm3d):
+            kinds = " and ".join(kind.__name__ for kind in SYNCED)
+            raise InputError(f"--sync_bn is for {kinds}, not {type(layer).__name__}")
 
 
 def gather_rows(own: Tensor, start: int, total: int) -> Tensor:
@@ -82,7 +95,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     if count * ranks < 2:  # every rank has a sample, so two ranks have two values
         raise ValueError("BatchNorm needs two values a channel or more in training")
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(x, dim=(0, *range(2, x.dim())), correction=0)
     own = torch.stack([mean, var, torch.full_like(mean, count)])[None]
     table = gather_rows(own, rank, ranks)
     means, variances, counts = table.unbind(1)  # each (ranks, C)

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 
-from configs import DATASETS, InputError
+from configs import DATASETS, METHODS, InputError
 from dataloaders import Batches, Split, share_sizes
 from engine.step import Totals, make_optimizers, train_step
 from losses import LOCAL_LOSSES, TaskLoss, supervised_contrastive
 from models import build_network
 from parallel.data_parallel import DataParallelStrategy
-from parallel.sync_batchnorm import SyncBatchNorm2d
+from parallel.sync_batchnorm import synchronise
 
 CPU = torch.device("cpu")
 SIZE, BATCH, SAMPLES = 8, 7, 18  # batches of 7, 7 and 4, of which 2 and 3 ranks have uneven parts
@@ -32,7 +32,13 @@ SYNCED = {
     "E, groups of 16": {"context_mode": "E", "context_group": 16},
     "R2, plain encoder": {"context_mode": "R2", "context_group": 0} | DECODER,
     "E, bf16": {"context_mode": "E", "amp": "bf16", "recompute": True} | DECODER,
-}
+} | {
+    f"{name}, R1E": DECODER | METHODS[name] | {"context_mode": "R1E"}
+    for name in ("infopro", "man", "manpp", "hpff")
+} | {
+    f"{name}, E": METHODS[name] | {"context_mode": "E"}
+    for name in ("dgl", "predsim", "auglocal", "sid")
+}  # fmt: skip
 OWN_STATISTICS = {
     "own: R1E": {"context_mode": "R1E"} | CONTRAST,
     "own: compiled": {"context_mode": "E", "recompute": True} | CONTRAST,
@@ -242,8 +248,8 @@ def test_all_ranks_skip_a_step_that_overflows_on_one(ranks_of, number):
 
 
 def test_sync_bn_refuses_a_batchnorm_of_another_kind():
-    with pytest.raises(InputError, match="--sync_bn is for BatchNorm2d, not BatchNorm1d"):
-        SyncBatchNorm2d.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    with pytest.raises(InputError, match="--sync_bn is for BatchNorm1d and BatchNorm2d, not"):
+        synchronise(torch.nn.Sequential(torch.nn.BatchNorm3d(3)))
 
 
 def test_sync_bn_is_not_compiled():
