@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
     def _with_method(self, args: Sequence[str]) -> list[str]:
         """Return the arguments with the options of --method in front, where typed ones let them."""
         names = [word.partition("=")[0].lstrip("-") for word in args if word.startswith("--")]
-        if "method" not in names:
+        if "method" not in names or "--method" not in self._option_string_actions:
             return list(args)
         typed, _ = super().parse_known_args(args)
         preset = dict(METHODS[typed.method])

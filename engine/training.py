@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import InputError, one_line
 from dataloaders import Batches, changes, epoch_seed, share_sizes
@@ -90,6 +90,18 @@ class Training:
         self.has_checkpoint, self.compiling = False, options.compile
         self.totals = Totals(network, self.device)
         self.shown = test_batches.spread(8)
+        self._check_batch_sizes()
+
+    def _check_batch_sizes(self) -> None:
+        """Raise InputError if a head normalises over a batch's samples and a batch has but one."""
+        rank, size = self.strategy.share
+        parts = [share_sizes(n, size)[rank] for n in self.train_batches.sizes()]
+        norms = {type(layer) for layer in self.network.modules()}
+        if nn.BatchNorm1d in norms and 1 in parts:
+            raise InputError(
+                f"the head {self.options.aux_net_config} normalises over the samples of a batch, "
+                "and the last batch leaves one sample: take another --batch_size"
+            )
 
     # The loop
 
