@@ -189,19 +189,6 @@ def module_range(text: str) -> range:
 # The options
 
 
-def method_words() -> dict[str, list[str]]:
-    """Return the options of each --method as one would type them."""
-    return {
-        name: [
-            f"--{option}" + ("" if value is True else f" {' '.join(f'{x:g}' for x in value)}")
-            if isinstance(value, list) or value is True
-            else f"--{option} {value}"
-            for option, value in preset.items()
-        ]
-        for name, preset in METHODS.items()
-    }
-
-
 # fmt: off
 def build_parser() -> Parser:
     """Return the parser; a default is None where the data set or another option decides it."""
@@ -220,7 +207,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=list(METHODS),
         help="options of a published method; those that are typed win (default: contsup): "
-        + "; ".join(f"{name}: {' '.join(words)}" for name, words in method_words().items()))
+        + "; ".join(f"{name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
+                    for name, preset in METHODS.items()))
     add("--model", default="resnet", metavar="NAME", help="backbone; an entry of BACKBONES")
     add("--layers", type=integer_between(1, 100_000), default=32, metavar="N", help="depth, 6n+2")
     add("--local_module_num", type=integer_between(1), metavar="K",

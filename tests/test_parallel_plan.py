@@ -29,6 +29,8 @@ RUNS = [
     {"context_mode": "R2"},
     {"context_mode": "R1E", "h_reconstruct": True, "loss_scale": (1, 1, 1, 1)},
     {"context_mode": "R2E", "recompute": True},
+    {"context_mode": "R1E", "momentum_aux": 0.9, "recompute": True},
+    {"context_mode": "E", "consistency": 0.5},
 ]
 CLI = (
     "--layers", "8", "--local_module_num", "4", "--dataset", "cifar10", "--batch_size", "16",
@@ -76,7 +78,8 @@ def real_peaks(arguments, ranges, steps):
 
         incoming = cuts[modules.start - 1] if modules.start else None
         outgoing = cuts[modules.stop - 1] if modules.stop <= len(cuts) else None
-        link = Link(device, incoming, receive, outgoing, send)
+        back = [lambda _: Transfer()] * 2
+        link = Link(device, incoming, receive, outgoing, send, *back)
         network = build_network(**arguments)
         network.set_stage(modules, link)
         processes.append((network, make_optimizers(network)))
@@ -127,6 +130,22 @@ def test_bytes_by_hand(mode, sent, amp, width):
     assert [device.bytes_out for device in plan.devices] == [*links, 0]
     assert [device.bytes_in for device in plan.devices] == [0, *links]
     assert plan.largest_link_bytes == max(links)
+
+
+def test_bytes_of_methods_by_hand():
+    """A consistency loss sends 10 probabilities a sample too, momentum heads a block back."""
+    plain, sid, man = (
+        plan_of(TINY | {"context_mode": "R0"} | more, [4])[0].devices
+        for more in ({}, {"consistency": 0.5}, {"momentum_aux": 0.9})
+    )
+    extra = [a.bytes_out - b.bytes_out for a, b in zip(sid, plain, strict=True)]
+    assert extra == [BATCH * 10 * 4] * 3 + [0]
+    assert [device.bytes_back for device in sid] == [0] * 4
+    # Two 3x3 convs with norms, and with other channels a 1x1 conv with a norm.
+    same = 2 * 9 * 16 * 16 + 2 * 2 * 16
+    widening = 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32 + 3 * 2 * 32
+    assert [d.bytes_back for d in man][:3] == [0, 4 * same, 4 * widening]
+    assert [d.bytes_out for d in man] == [d.bytes_out for d in plain]
 
 
 def test_speed_by_hand():
@@ -198,7 +217,7 @@ def test_json_has_the_ordinary_plan_and_the_parallel_one(monkeypatch, capsys):
         "largest_link_bytes", "binding_gbs", "devices",
     }  # fmt: skip
     assert plans[1]["devices"][0].keys() == {
-        "modules", "train_flops_per_sample", "peak_bytes", "bytes_in", "bytes_out",
+        "modules", "train_flops_per_sample", "peak_bytes", "bytes_in", "bytes_out", "bytes_back",
     }  # fmt: skip
 
 
