@@ -78,10 +78,9 @@ def similarity_matching(
     """
     all_embeddings, all_targets = (embeddings, targets) if candidates is None else candidates
     own, other = _directions(embeddings), _directions(all_embeddings)
-    labels, all_labels = (
-        _directions(F.one_hot(t, classes).to(embeddings.dtype)) for t in (targets, all_targets)
-    )
-    difference = (own @ other.T).clamp(-1, 1) - (labels @ all_labels.T).clamp(-1, 1)
+    of_class = _directions(torch.eye(classes, dtype=own.dtype, device=own.device))
+    labels = of_class[targets] @ of_class[all_targets].T
+    difference = (own @ other.T).clamp(-1, 1) - labels.clamp(-1, 1)
     return difference.square().mean()
 
 

@@ -47,7 +47,7 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from configs import one_line
+from configs import METHODS, one_line
 from engine.checkpoint import read_checkpoint
 from engine.console import MIB
 from engine.device import configure_backends, move_to_device, wait_for
@@ -69,6 +69,12 @@ PRECISIONS = {"float32": "off", "bf16": "bf16", "fp16": "fp16"}
 RESNET = "--dataset cifar10 --local_loss_mode cross_entropy --local_module_num 16 --layers"
 END_TO_END = "--local_module_num 1 --context_mode R0"
 TINY = "--layers 14 --local_module_num 4 --batch_size 64 --epochs 1 --local_loss_mode cross_entropy"
+
+METHOD_WORDS = {
+    name: f"--method {name} --context_mode E"
+    + (" --loss_scale 1 1 1 1" if METHODS[name].get("h_reconstruct") else "")
+    for name in METHODS
+}
 
 Figures = list[dict[str, Any]]
 """What was measured: each `what`, `value` and `unit`."""
@@ -302,6 +308,7 @@ def find_waits(device: torch.device, net: str = f"{RESNET} 32") -> Figures:
     """Count the calls that wait for the device in a step; raise Failed with the places of some."""
     options = ["R0", "R1 --amp bf16", "E --amp fp16", "R1E --local_loss_mode contrast",
                "R1E --h_reconstruct --loss_scale 1 1 1 1 --recompute"]  # fmt: skip
+    options += [f"E {words}" for words in METHOD_WORDS.values()]
     places = set()
     for given in options:
         step, *_ = make_step(device, f"{net} --context_mode {given}")
@@ -378,6 +385,7 @@ def make_pieces(device: str, folder: Path) -> tuple[list[Piece], list[Piece]]:
     trained |= {f"{mode}, compiled": f"--context_mode {mode} {compiled}" for mode in MODES}
     trained["contrast"] = "--context_mode R1E --local_loss_mode contrast"
     trained["decoders"] = "--context_mode R1E --h_reconstruct --loss_scale 1 1 1 1"
+    trained |= {f"--method {name}": words for name, words in METHOD_WORDS.items()}
     together = [Piece("CUDA tests", 200, run_tests)]
     together += [
         Piece(f"train {name}", 150 if "compiled" in name else 60,

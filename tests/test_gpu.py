@@ -12,6 +12,7 @@ import torch
 from cli import TINY
 from torch.autograd import DeviceType
 
+from configs import METHODS
 from engine.memory import LiveBytes
 from engine.step import make_optimizers, state_of
 from models import build_network
@@ -156,7 +157,7 @@ def test_each_piece_has_options_that_train_py_takes(tmp_path, monkeypatch):
     together, alone = gpu.make_pieces("cpu", tmp_path)
     (tmp_path / "images" / "train" / "a").mkdir(parents=True)
     trained = [p.work.keywords["options"] for p in together if p.name.startswith("train ")]
-    assert len(trained) == 4 * 4 + 2
+    assert len(trained) == 4 * 4 + 2 + len(METHODS)
     for options in trained:
         gpu.read_options(["--dataset", "folder", *gpu.TINY.split(), *options.split()])
     assert [p.name for p in alone[:4]] == list(gpu.IN_PROCESS)
