@@ -123,27 +123,29 @@ def blocks_of(head):
 
 
 def structure_case(case, targets):
-    """All heads, as `build_network` makes them and as `build_head` does, without data."""
+    """Heads as `build_head` makes them, and `build_network` for the small nets; without data."""
     nets = []
     for net in case["nets"]:
         layers, depth = net["layers"], net["aux_net_depth"]
-        names, widths, K = unit_names(layers), widths_of(layers), len(unit_names(layers)) - depth
+        names, widths = unit_names(layers), widths_of(layers)
+        K, units, heads = len(names) - depth, [], []
         with torch.device("meta"):
-            network = models.build_network(
-                layers=layers, local_module_num=K, cuts=names[: K - 1], aux_net_config="auglocal",
-                aux_net_depth=depth, aux_net_taper=case["config"]["tau"],
-            )  # fmt: skip
-            depths = [later_blocks_depth(depth, 0.5, unit, K) for unit in range(K - 1)]
-            heads = [
-                build_head("auglocal", channels=widths[unit], size=32, outputs=10, depth=d,
-                           later_widths=widths[unit + 1 :])
-                for unit, d in enumerate(depths)
-            ]  # fmt: skip
-        units = [{"unit": i, "depth": d} | blocks_of(heads[i]) for i, d in enumerate(depths)]
-        assert [blocks_of(m.head) for m in network.local_modules[:-1]] == [*map(blocks_of, heads)]
-        last = len(names) - len(network.local_modules[-1].units)
+            for unit in range(K - 1):
+                d = later_blocks_depth(depth, 0.5, unit, K)
+                later = widths[unit + 1 :]
+                heads.append(build_head("auglocal", channels=widths[unit], size=32, outputs=10,
+                                        later_widths=later, depth=d))  # fmt: skip
+                units.append({"unit": unit, "depth": d} | blocks_of(heads[-1]))
+            if layers == 32:
+                network = models.build_network(
+                    layers=layers, local_module_num=K, cuts=names[: K - 1], aux_net_depth=depth,
+                    aux_net_config="auglocal",
+                )  # fmt: skip
+                *before, last = network.local_modules
+                assert [blocks_of(m.head) for m in before] == [*map(blocks_of, heads)]
+                assert len(last.units) == depth + 1
         nets.append({"layers": layers, "units": len(names), "aux_net_depth": depth, "modules": K,
-                     "first_unit_of_last_module": last, "units_with_aux": units})  # fmt: skip
+                     "first_unit_of_last_module": K - 1, "units_with_aux": units})  # fmt: skip
     return {"nets": nets, "widths": {name: widths_of(int(name)) for name in case["widths"]}}
 
 
