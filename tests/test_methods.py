@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from itertools import product
 from pathlib import Path
 
@@ -66,9 +65,8 @@ class Plain:
         """Module i with its context, nothing detached."""
         module = self.modules[i]
         if i and self.options["context_mode"] == "E":
-            h = h + F.adaptive_avg_pool2d(
-                nn.Sequential(*module.context["image"])(self.images), h.shape[-1]
-            )
+            context = nn.Sequential(*module.context["image"])(self.images)
+            h = h + F.adaptive_avg_pool2d(context, h.shape[-1])
         runs_stem_apart = i == 0 and self.options.get("overlap")
         return module.units[1:](h) if runs_stem_apart else module.units(h)
 
@@ -84,21 +82,10 @@ class Plain:
         if isinstance(head, PredSim):
             pool, flatten, linear, conv = head
             prediction = F.cross_entropy(linear(flatten(pool(y))), self.targets)
-            maps = conv(y).flatten(2)
-            spread = (
-                (maps - maps.mean(2, keepdim=True))
-                .square()
-                .sum(2)
-                .div(maps[0, 0].numel() - 1)
-                .sqrt()
-            )
-            R = [
-                x - x.mean(1, keepdim=True) for x in (spread, F.one_hot(self.targets, 10).double())
-            ]
-            R = [x / (1e-8 + x.square().sum(1, keepdim=True).sqrt()) for x in R]
-            similarity = (
-                ((R[0] @ R[0].T).clamp(-1, 1) - (R[1] @ R[1].T).clamp(-1, 1)).square().mean()
-            )
+            spread, labels = conv(y).flatten(2).std(2), F.one_hot(self.targets, 10).double()
+            rows = [x - x.mean(1, keepdim=True) for x in (spread, labels)]
+            rows = [x / (1e-8 + x.norm(dim=1, keepdim=True)) for x in rows]
+            similarity = (rows[0] @ rows[0].T - rows[1] @ rows[1].T).square().mean()
             return 0.01 * prediction + 0.99 * similarity
         output, alpha = nn.Sequential(*head)(y), self.options.get("consistency")
         if alpha is not None:
@@ -173,9 +160,8 @@ class Plain:
 def close(found, expected, tolerance):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
-        )
+        error = (found[name] - value).abs().max() / (1 + value.abs().max())
+        assert error < tolerance, (name, error)
 
 
 def gradients(network):
@@ -218,6 +204,21 @@ def test_recomputed_units_give_the_same_gradients(method, mode):
     close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_scales_change_no_gradient(method):
+    """Each module has one of its own, as in float16."""
+    network, plain = (build(method, "E").double() for _ in range(2))
+    images, targets = batch()
+    plain.local_step(images, targets)
+    state, pixels = network.begin(images)
+    for module in network.stage:
+        network.module_step(module, state, targets, pixels, lambda x, m=module: x * 2**m.index)
+        for finished in state.pop_finished():
+            for parameter in (p for p in finished.parameters() if p.grad is not None):
+                parameter.grad /= 2**finished.index
+    close(gradients(network), gradients(plain), 1e-12)
+
+
 @each
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_a_real_step_takes_what_was_planned(method, mode, recompute):
@@ -238,7 +239,6 @@ def test_steps_in_bfloat16_are_finite(method, mode):
     for _ in range(2):
         train_step(network, optimizers, images, targets, totals)
     assert totals.first_not_finite() is None
-    assert all(math.isfinite(x) for x in totals.losses() if x is not None)
     assert all(p.isfinite().all() for p in network.parameters())
 
 
@@ -308,34 +308,30 @@ def test_typed_options_win(train_py, line, expected, last):
     assert {name: config[name] for name in expected} == expected
 
 
-REFUSED = [
-    ("--method other", "invalid choice: 'other'"),
-    ("--method auglocal --local_module_num 1", "local_module_num 1"),
-    ("--momentum_aux 0.9 --local_module_num 1", "momentum_aux"),
-    ("--overlap 1 --local_module_num 1", "overlap"),
-    ("--method sid --local_module_num 1", "consistency"),
-    ("--consistency 0.5 --local_loss_mode contrast", "consistency and local_loss_mode contrast"),
-    ("--method sid --local_loss_mode contrast", "consistency and local_loss_mode contrast"),
-    ("--method predsim --local_loss_mode contrast", "predsim"),
-    ("--method predsim --consistency 0.5", "predsim"),
-    ("--method hpff --parallel modules --dry_run", "--overlap needs"),
-    ("--method hpff --train_modules 1", "train_modules and overlap"),
-    ("--method hpff --consistency 0.5", "consistency and overlap"),
-    ("--method hpff --momentum_aux 0.5", "momentum_aux and overlap"),
-    ("--aux_net_depth 2", "--aux_net_depth is for --aux_net_config auglocal"),
-    ("--aux_net_taper 0.1", "--aux_net_taper is for --aux_net_config auglocal"),
-    ("--aux_net_taper 0", "--aux_net_taper is for --aux_net_config auglocal"),
-    ("--overlap_weight 0.5", "--overlap_weight is for --overlap 1"),
-    ("--overlap_weight 0", "--overlap_weight is for --overlap 1"),
-    ("--patch_decoder", "needs h_reconstruct"),
-    ("--loss_scale_rule stage", "needs h_reconstruct"),
-    ("--momentum_aux 1.5", "'1.5' is not a number from 0 to 1"),
-    ("--momentum_aux_mix learned", "--momentum_aux_mix is for --momentum_aux"),
-    ("--momentum_aux_mix fixed", "--momentum_aux_mix is for --momentum_aux"),
-    ("--aux_net_config 3d4f", "unknown aux_net_config '3d4f'"),
-]
+REFUSED = {
+    "--method other": "invalid choice: 'other'",
+    "--method auglocal --local_module_num 1": "local_module_num 1",
+    "--momentum_aux 0.9 --local_module_num 1": "momentum_aux",
+    "--overlap 1 --local_module_num 1": "overlap",
+    "--method sid --local_module_num 1": "consistency",
+    "--method sid --local_loss_mode contrast": "consistency and local_loss_mode contrast",
+    "--method predsim --local_loss_mode contrast": "predsim",
+    "--method predsim --consistency 0.5": "predsim",
+    "--method hpff --parallel modules --dry_run": "--overlap needs",
+    "--method hpff --train_modules 1": "train_modules and overlap",
+    "--method hpff --consistency 0.5": "consistency and overlap",
+    "--method hpff --momentum_aux 0.5": "momentum_aux and overlap",
+    "--aux_net_depth 2": "--aux_net_depth is for --aux_net_config auglocal",
+    "--aux_net_taper 0": "--aux_net_taper is for --aux_net_config auglocal",
+    "--overlap_weight 0": "--overlap_weight is for --overlap 1",
+    "--patch_decoder": "needs h_reconstruct",
+    "--loss_scale_rule stage": "needs h_reconstruct",
+    "--momentum_aux 1.5": "'1.5' is not a number from 0 to 1",
+    "--momentum_aux_mix fixed": "--momentum_aux_mix is for --momentum_aux",
+    "--aux_net_config 3d4f": "unknown aux_net_config '3d4f'",
+}
 
 
-@pytest.mark.parametrize(("line", "says"), REFUSED)
-def test_bad_combinations_are_refused(refused, line, says):
-    assert says in refused(*BASE, *line.split())
+@pytest.mark.parametrize("line", REFUSED)
+def test_bad_combinations_are_refused(refused, line):
+    assert REFUSED[line] in refused(*BASE, *line.split())

@@ -27,6 +27,7 @@ from models.resnet import BasicBlock
 GOLDEN = Path(fill.__file__).parent
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 CPU = torch.device("cpu")
+UNIFORM = torch.full((6, 10), 0.1, dtype=torch.float64)
 INPUTS = {
     "case", "method", "config", "input", "labels", "parameters", "frozen", "sgd", "target",
     "bn_updates_in_one_step",  # which the running statistics show
@@ -54,27 +55,23 @@ def values_of(case):
     return {role: torch.as_tensor(value) for role, value in fill.tensors(case).items()}
 
 
-def load(module, values):
-    """Fill a module in the order of its state, but for running statistics."""
+def load(module, values, *parts):
+    """Fill a module in the order of its state, without running statistics, from parts of a case."""
     state = module.double().state_dict()
     names = [n for n in state if "running_" not in n and "num_batches" not in n]
+    values = [v for part in parts or [""] for role, v in values.items() if role.startswith(part)]
     module.load_state_dict(state | dict(zip(names, values, strict=True)))
     return module
-
-
-def with_prefix(values, prefix):
-    return [value for role, value in values.items() if role.startswith(prefix)]
 
 
 def features_of(case):
     return torch.as_tensor(fill.features(case)).requires_grad_()
 
 
-def gradients(loss, features, parameters):
-    """Norms of d loss / d features and of d loss / d parameter by role."""
-    grads = torch.autograd.grad(loss, [features, *parameters.values()])
-    norms = [grad.norm() for grad in grads]
-    return {"grad_input": norms[0], "grad_norms": dict(zip(parameters, norms[1:], strict=True))}
+def gradients(loss, features, roles, parameters):
+    """Norms of d loss / d features, and of d loss / d parameter by role."""
+    first, *norms = (x.norm() for x in torch.autograd.grad(loss, [features, *parameters]))
+    return {"grad_input": first, "grad_norms": dict(zip(roles, norms, strict=True))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,23 +93,19 @@ def head_case(case, targets):
         outputs=config["classes"], later_widths=later[config.get("unit", 0) + 1 :],
         depth=config.get("depth"), widen=1.0, feature_dim=128,
     )  # fmt: skip
-    load(head, values_of(case).values())
+    load(head, values_of(case))
     loss, logits = head.loss(features, targets)
-    roles = dict(zip(values_of(case), head.parameters(), strict=True))
     found = {"logits": logits, "loss": loss}
     if isinstance(head, PredSim):
         pool, spread = head[0], head.similarity(features).flatten(2).std(2)
-        parts = {
-            "pred": F.cross_entropy(logits, targets),
-            "sim": head.task.function(spread, targets),
-        }
-        for name, part in parts.items():
+        assert [*pool.kernel_size, *pool.padding] == config["pool_kernel"] + config["pool_padding"]
+        similarity = head.task.function(spread, targets)
+        for name, part in (("pred", F.cross_entropy(logits, targets)), ("sim", similarity)):
             (grad,) = torch.autograd.grad(part, features, retain_graph=True)
             found |= {f"loss_{name}": part, f"grad_input_{name}_alone": grad.norm()}
-        assert [*pool.kernel_size, *pool.padding] == config["pool_kernel"] + config["pool_padding"]
     elif case["case"].startswith("auglocal"):
         assert blocks_of(head) == {key: config[key] for key in ("blocks", "bn1d")}
-    return found | gradients(loss, features, roles)
+    return found | gradients(loss, features, values_of(case), head.parameters())
 
 
 def blocks_of(head):
@@ -155,20 +148,20 @@ def momentum_case(case, targets):
     local, average, following = (BasicBlock(config["C"], width, stride, 0.0) for _ in range(3))
     block = MomentumBlock(local, average, config["ema_momentum"], "scale" in values, False)
     head = build_head(config["head"], channels=width, size=config["S"] // stride, outputs=10)
-    load(block, [v for p in ("scale", "lb.", "ema.") for v in with_prefix(values, p)])
-    load(head, with_prefix(values, "head."))
-    load(following, with_prefix(values, "next."))
+    load(block, values, "scale", "lb.", "ema.")
+    load(head, values, "head.")
+    load(following, values, "next.")
     y = block(features)
     loss, logits = head.loss(y, targets)
-    assert not any(p.requires_grad for p in average.parameters())
     assert case["frozen"] == ["ema", "next"]
+    assert not any(p.requires_grad for p in average.parameters())
     trained = [p for p in (*block.parameters(), *head.parameters()) if p.requires_grad]
     roles = [role for role in values if role.split(".")[0] not in case["frozen"]]
-    norms = gradients(loss, features, dict(zip(roles, trained, strict=True)))
+    found = gradients(loss, features, roles, trained)
     block.update(following.parameters())
     roles = [role for role in values if role.startswith("ema.")]
     after = [[p.norm(), p.sum()] for p in average.parameters()]
-    return norms | {
+    return found | {
         "y_mean": y.mean(), "y_norm": y.norm(), "y_shape": y.shape, "logits": logits, "loss": loss,
         "ema_after": dict(zip(roles, after, strict=True)),
     }  # fmt: skip
@@ -176,29 +169,24 @@ def momentum_case(case, targets):
 
 def decoder_case(case, targets):
     features, size = features_of(case), case["config"]["image"]
-    decoder = load(PatchDecoder(case["config"]["C"]), values_of(case).values())
+    decoder = load(PatchDecoder(case["config"]["C"]), values_of(case))
     pixels = torch.as_tensor(fill._rng(case["case"] + ".target").random((6, 3, size, size)))
     loss = decoder.loss(decoder(features, (size, size)), pixels)
-    roles = dict(zip(values_of(case), decoder.parameters(), strict=True))
-    return {"loss": loss} | gradients(loss, features, roles)
+    return {"loss": loss} | gradients(loss, features, values_of(case), decoder.parameters())
 
 
 def consistency_case(case, targets):
-    logits, before, found, total = (
-        features_of(case),
-        torch.full((6, 10), 0.1, dtype=torch.float64),
-        {},
-        0,
-    )
+    logits, before, found = features_of(case), UNIFORM, {"loss_total": 0}
     for place, own in zip(("first", "second"), logits, strict=True):
         loss = partial(losses.consistency_loss, own, targets, before)
         found |= {f"loss_{place}_target": loss(1.0), f"loss_{place}_consistency": loss(0.0),
                   f"loss_{place}": loss(case["config"]["alpha"])}  # fmt: skip
-        total, before = total + found[f"loss_{place}"], own.detach().softmax(dim=1)
-    (grad,) = torch.autograd.grad(total, logits)
+        found["loss_total"] += found[f"loss_{place}"]
+        before = own.detach().softmax(dim=1)
+    (grad,) = torch.autograd.grad(found["loss_total"], logits)
     return found | {
-        "loss_total": total, "grad_logits_first": grad[0].norm(),
-        "grad_logits_second": grad[1].norm(), "grad_logits_second_rows": grad[1].norm(dim=1),
+        "grad_logits_first": grad[0].norm(), "grad_logits_second": grad[1].norm(),
+        "grad_logits_second_rows": grad[1].norm(dim=1),
     }  # fmt: skip
 
 
@@ -210,11 +198,11 @@ def shared_extractor_case(case, targets):
         nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 128),
     )  # fmt: skip
     parts = [nn.Sequential(nn.Linear(138, 256), nn.ReLU(), nn.Linear(256, 10)) for _ in range(3)]
-    net = load(nn.ModuleList([extractor, *parts]), values_of(case).values())
+    net = load(nn.ModuleList([extractor, *parts]), values_of(case))
     optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in net]
     images, found = torch.as_tensor(fill.images(case)[1]), {"step_losses": []}
     for step in range(3):
-        features, total, before = net[0](images), 0, torch.full((6, 10), 0.1, dtype=torch.float64)
+        features, total, before = net[0](images), 0, UNIFORM
         for part in parts:
             logits = part(torch.cat([before, features], dim=1))
             total = total + losses.consistency_loss(logits, targets, before, 0.5)
@@ -235,16 +223,12 @@ def shared_extractor_case(case, targets):
 
 
 LOOPS = {
-    "dgl_loop": METHODS["dgl"],
-    "predsim_loop": METHODS["predsim"],
-    "auglocal_loop": METHODS["auglocal"] | {"aux_net_depth": 2},
-    "man_loop": METHODS["man"],
-    "manpp_infopro_loop": METHODS["manpp"],
-    "manpp_dgl_loop": METHODS["dgl"] | {
+    "dgl": METHODS["dgl"], "predsim": METHODS["predsim"], "hpff": METHODS["hpff"],
+    "auglocal": METHODS["auglocal"] | {"aux_net_depth": 2},
+    "man": METHODS["man"], "manpp_infopro": METHODS["manpp"],
+    "manpp_dgl": METHODS["dgl"] | {
         "aux_net_config": "mlp-sr-512", "momentum_aux": 0.995, "momentum_aux_mix": "learned",
     },
-    "hpff_loop_2c2f": METHODS["hpff"],
-    "hpff_loop_0c2f": METHODS["hpff"],
 }  # fmt: skip
 PARTS = {"aux": "head", "pred": "head", "sim": "head", "window_head": "head", "scale":
          "momentum.scale", "lb": "momentum.local", "ema": "momentum.average"}  # fmt: skip
@@ -252,7 +236,7 @@ PARTS = {"aux": "head", "pred": "head", "sim": "head", "window_head": "head", "s
 
 
 def build_loop(case):
-    config, options = case["config"], dict(LOOPS[case["case"]])
+    config, options = case["config"], LOOPS[case["case"].split("_loop")[0]]
     names, stem_alone = unit_names(14), "cutstem.scale" in values_of(case)
     ends = [0 if units[-1] == "stem" else units[-1] for units in config["modules"][:-1]]
     cuts = [names[0]] * stem_alone + [names[end] for end in ends]
@@ -338,13 +322,12 @@ def loop_case(case, targets):
 
 def running_norms(network, names):
     units = [unit for module in network.local_modules for unit in module.units]
-    norms = {}
+    found = {f"running_{kind}_norm_after_one_step": {} for kind in ("mean", "var")}
     for name in names:
-        unit, norm = name.replace("stem.bn", "unit0.bn1").split(".")
-        norms[name] = getattr(units[int(unit.removeprefix("unit"))], norm)
-    return {f"running_{kind}_norm_after_one_step": {
-        name: getattr(norm, f"running_{kind}").norm() for name, norm in norms.items()
-    } for kind in ("mean", "var")}  # fmt: skip
+        index, norm = re.match(r"unit(\d+).(bn\d)", name.replace("stem.bn", "unit0.bn1")).groups()
+        for key, norms in found.items():
+            norms[name] = getattr(getattr(units[int(index)], norm), key[:12].strip("_")).norm()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
