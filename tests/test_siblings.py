@@ -236,7 +236,7 @@ PARTS = {"aux": "head", "pred": "head", "sim": "head", "window_head": "head", "s
 
 
 def build_loop(case):
-    config, options = case["config"], LOOPS[case["case"].split("_loop")[0]]
+    config, options = case["config"], dict(LOOPS[case["case"].split("_loop")[0]])
     names, stem_alone = unit_names(14), "cutstem.scale" in values_of(case)
     ends = [0 if units[-1] == "stem" else units[-1] for units in config["modules"][:-1]]
     cuts = [names[0]] * stem_alone + [names[end] for end in ends]
