@@ -51,14 +51,14 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def show(self, step: int, losses: list[float], has_last: bool) -> None:
+    def show(self, step: int, losses: list[float | None], has_last: bool) -> None:
         """Show this process's mean losses up to `step`, from 1.
 
         Args:
-            losses: of this process's modules.
+            losses: of this process's modules; None where there is none.
             has_last: whether the network's last module is among them.
         """
-        mean = statistics.mean(losses)
+        mean = statistics.mean(loss for loss in losses if loss is not None)
         text = f"mean of rank 0's local losses {mean:.4f}"
         if has_last:
             text = f"loss {losses[-1]:.4f}, mean of the local losses {mean:.4f}"
@@ -215,14 +215,18 @@ def print_epoch(metrics: dict, epochs: int) -> None:
           f"  {m['samples_per_second']:.0f} samples/s"
           f"  peak {readable(m['peak_memory_bytes'])}")  # fmt: skip
     if len(m["local_losses"]) > 1:
-        print("  local loss by module   " + " ".join(f"{x:6.3f}" for x in m["local_losses"]))
-    if len(m["test_errors"]) > 1 and None not in m["test_errors"]:
-        print("  test error by module % " + " ".join(f"{x:6.2f}" for x in m["test_errors"]))
+        print(f"  local loss by module   {_row(m['local_losses'], 3)}")
+    if len(m["test_errors"]) - m["test_errors"].count(None) > 1:
+        print(f"  test error by module % {_row(m['test_errors'], 2)}")
     for rank, peak in enumerate(m.get("rank_peak_memory_bytes", ())):
         busy = f"  busy {m['rank_busy_percent'][rank]:.1f} %" if "rank_busy_percent" in m else ""
         print(f"  rank {rank}  {m['rank_samples_per_second'][rank]:.0f} samples/s{busy}"
               f"  peak {readable(peak)}")  # fmt: skip
     sys.stdout.flush()
+
+
+def _row(values: list[float | None], digits: int) -> str:
+    return " ".join("     -" if x is None else f"{x:6.{digits}f}" for x in values)
 
 
 def print_summary(summary: dict, folder: Path) -> None:

@@ -501,7 +501,8 @@ def _check_typed(options: argparse.Namespace) -> None:
     _check_exclusive(options, (*EXCLUSIVE, *EXCLUSIVE_TYPED))
     for name, required in REQUIRED.items():
         for other, value in required.items():
-            if getattr(options, name) and getattr(options, other) != value:
+            is_typed = not (getattr(options, name) is None or getattr(options, name) is False)
+            if is_typed and getattr(options, other) != value:
                 needed = f"--{other}" if value is True else f"--{other} {value}"
                 raise InputError(f"--{name} is for {needed}: give that, or leave it out")
     if options.momentum_aux_mix and options.momentum_aux is None:

@@ -370,7 +370,7 @@ class Training:
 
     def check_losses(self, totals: Totals) -> None:
         """Raise Diverged unless the mean losses are finite."""
-        if not all(map(math.isfinite, totals.losses())):
+        if not all(loss is None or math.isfinite(loss) for loss in totals.losses()):
             module, step = totals.first_not_finite()
             raise Diverged(
                 f"the loss of module {module} is not finite from step {step} of epoch "
