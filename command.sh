@@ -13,8 +13,8 @@
 # ./command.sh methods DATA_DIR    the methods with the short schedule of evidence
 # Options after the target go to train.py, planning/bench.py or pytest. With an experiment, --list
 # prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
-# with DATA_DIR 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs; of methods also KS="4 8
-# 16" (default 16) and METHODS="dgl infopro" (default: all). A finished run is skipped, and one
+# with DATA_DIR 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs; of methods also KS="4 8"
+# (default 16) and METHODS="dgl infopro" (default: all). A finished run is skipped, and one
 # that was cut off continues. Paths are relative to this script's folder, where runs/ and results/
 # are too. An active virtual environment that has torch is used as it is. Else .venv is: it is
 # made with the first Python 3.10 or later, or that of PYTHON=..., and what requirements.txt asks

@@ -26,6 +26,7 @@ ERROR_LAST = "test error at the last epoch, %"
 
 COLORS = {END_TO_END: "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
           "R1E": "tab:red", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
+MARKERS = {END_TO_END: "*", "R0": "o", "E": "s"}
 OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 Panels = dict[str, dict[str, pd.DataFrame]]
@@ -37,18 +38,22 @@ Points are indexed by x. Columns: `mean`, `std` (NaN for one seed), and `train` 
 
 # A user's matplotlibrc does not change the figures, nor make them need LaTeX.
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
-def write_figures(runs: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> list[Path]:
+def write_figures(
+    runs: pd.DataFrame, cells: pd.DataFrame, folder: Path, methods: pd.DataFrame | None = None
+) -> list[Path]:
     """Write PNG files of all figures that there are finished runs for; raise OSError."""
     paths = []
-    for name, figure in draw_figures(runs, cells).items():
+    for name, figure in draw_figures(runs, cells, methods).items():
         paths.append(folder / f"{name}.png")
         with replacing(paths[-1]) as file:
             figure.savefig(file, format="png", dpi=120)
     return paths
 
 
-def draw_figures(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Figure]:
-    """Return name -> figure, from what `read_runs` and `over_seeds` return."""
+def draw_figures(
+    runs: pd.DataFrame, cells: pd.DataFrame, methods: pd.DataFrame | None = None
+) -> dict[str, Figure]:
+    """Return name -> figure, from what `read_runs`, `over_seeds` and `method_cells` return."""
     runs, cells = runs[~runs.is_plan], cells[cells.n > 0]
     figures = {}
     for table in TABLES:
@@ -57,6 +62,9 @@ def draw_figures(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Figure]:
                 inputs = filled.dropna(subset="n"), runs[runs.setting == setting]
                 figure = draw(f"{table.title}\n{setting}", *inputs)
                 figures[file_name(table.name, setting)] = figure
+    if methods is not None:
+        for setting, group in methods[methods.n > 0].groupby("setting", sort=False):
+            figures[file_name("methods", setting)] = methods_figure(setting, group)
     for (setting, layers), group in runs.groupby(["setting", "layers"], sort=False):
         for name, points_of, labels in (
             ("learning_curves", by_epoch, ("epoch", "test error, %")),
@@ -124,6 +132,27 @@ def figure5(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         axes.set_xticks(every_K, labels=map(str, every_K))
         axes.set_xlim(every_K[0] / 1.2, every_K[-1] * 1.2)
         axes.minorticks_off()
+    return figure
+
+
+def methods_figure(setting: str, cells: pd.DataFrame) -> Figure:
+    """Draw error against peak memory: a panel for each K, a point for each method and mode."""
+    end_to_end = cells["mode"] == END_TO_END
+    every_K = cells.K[~end_to_end].unique()
+    title = f"Methods: error against peak memory, ResNet-32\n{setting}"
+    panels: Panels = {f"K={K}": {} for K in every_K}
+    figure = draw_panels(title, "peak memory, MiB", ERROR_LAST, panels)
+    for axes, K in zip(figure.axes, every_K, strict=True):
+        for cell in cells[(cells.K == K) | end_to_end].itertuples():
+            point = cell.peak_memory_bytes / MIB, cell.error_last_mean
+            axes.errorbar(
+                *point, cell.error_last_std, color=COLORS[cell.mode], marker=MARKERS[cell.mode],
+                linestyle="", capsize=3, label=cell.mode,
+            )  # fmt: skip
+            axes.annotate(
+                cell.method, point, (5, 5), textcoords="offset points", fontsize="small"
+            )
+        axes.margins(0.12)  # room for the texts at the points
     return figure
 
 

@@ -44,7 +44,8 @@ esac
 With CHECKS it does check the options that command.sh has it check."""
 
 
-CHANGING = "SEEDS", "EPOCHS", "DATASET", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "REQUIREMENTS"
+CHANGING = ("SEEDS", "EPOCHS", "DATASET", "KS", "METHODS", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON",
+            "REQUIREMENTS")  # fmt: skip
 PLAIN = {name: value for name, value in os.environ.items() if name not in CHANGING}
 
 
@@ -60,7 +61,8 @@ def listed(*arguments, **environment):
     done = command(*arguments, "--list", **environment)
     assert (done.returncode, done.stderr) == (0, "")
     calls = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert all(call[:2] == [".venv/bin/python", "train.py"] for call in calls)
+    python = f"{environment.get('VIRTUAL_ENV', '.venv')}/bin/python"
+    assert all(call[:2] == [python, "train.py"] for call in calls)
     return [read_options(call[2:])[0] for call in calls]
 
 
@@ -138,6 +140,37 @@ def test_evidence():
     for arguments in ([], ["--list"], ["nowhere"]):
         missing = command("evidence", *arguments)
         assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
+
+
+def of_method(options):
+    """Return the options of a run that methods have; None is a default."""
+    options = vars(options)
+    usual = vars(read_options([])[0])
+    names = set().union(*configs.METHODS.values()) - {"context_mode"}
+    return {name: options[name] for name in names if options[name] != usual[name]}
+
+
+def test_methods_are_the_grid_of_methods_and_modes():
+    names = [*configs.METHODS]
+    runs = listed("methods", VIRTUAL_ENV=sys.prefix, KS="8 16")
+    control = [run for run in runs if run.layers != 32]
+    # E's inference FLOPs are 1.84 and 1.89 times those of R0, and each 6 layers add 20 %.
+    assert [(o.layers, o.local_module_num, o.context_mode) for o in control] == [
+        (LAYERS[8], 8, "R0"), (LAYERS[16], 16, "R0"),
+    ]  # fmt: skip
+    assert all(of_method(o) == {"local_loss_mode": "cross_entropy"} for o in control)
+    grid = [run for run in runs if run.layers == 32]
+    assert [(o.local_module_num, o.context_mode) for o in grid] == [
+        (K, mode) for _ in names for K in (8, 16) for mode in ("R0", "E")
+    ]
+    for name, method in zip(names, zip(*[iter(grid)] * 4, strict=True), strict=True):
+        preset = {"local_loss_mode": "cross_entropy"} | configs.METHODS[name]
+        if name != "auglocal":  # whose other options are as they are by default
+            preset.pop("context_mode")
+        for options in method:
+            assert of_method(options).items() >= {}.items()
+            assert vars(options).items() >= {}.items()
+            assert (options.epochs, options.batch_size, options.lr) == (160, 1024, 0.8)
 
 
 def test_help_runs_nothing(clone):
