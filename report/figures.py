@@ -1,4 +1,4 @@
-"""The figures: error against memory and K as in the paper, learning curves, error by depth."""
+"""The figures: error against memory and K as in the paper, methods, learning curves, depth."""
 
 import re
 import textwrap
@@ -27,6 +27,7 @@ ERROR_LAST = "test error at the last epoch, %"
 COLORS = {END_TO_END: "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
           "R1E": "tab:red", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
 MARKERS = {END_TO_END: "*", "R0": "o", "E": "s"}
+METHOD_COLORS = [c for name in ("Dark2", "tab10") for c in matplotlib.colormaps[name].colors]
 OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 Panels = dict[str, dict[str, pd.DataFrame]]
@@ -136,23 +137,33 @@ def figure5(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
 
 
 def methods_figure(setting: str, cells: pd.DataFrame) -> Figure:
-    """Draw error against peak memory: a panel for each K, a point for each method and mode."""
+    """Draw error against peak memory: a panel for each K, a point for each method and mode.
+
+    A line joins the points of a method, without and with the image.
+    """
     end_to_end = cells["mode"] == END_TO_END
     every_K = cells.K[~end_to_end].unique()
     title = f"Methods: error against peak memory, ResNet-32\n{setting}"
     panels: Panels = {f"K={K}": {} for K in every_K}
     figure = draw_panels(title, "peak memory, MiB", ERROR_LAST, panels)
+    figure.set_size_inches(1.6 * figure.get_size_inches())  # room for the texts at the points
+    colors = dict(zip(cells.method.unique(), cycle(METHOD_COLORS), strict=False))
     for axes, K in zip(figure.axes, every_K, strict=True):
-        for cell in cells[(cells.K == K) | end_to_end].itertuples():
-            point = cell.peak_memory_bytes / MIB, cell.error_last_mean
-            axes.errorbar(
-                *point, cell.error_last_std, color=COLORS[cell.mode], marker=MARKERS[cell.mode],
-                linestyle="", capsize=3, label=cell.mode,
-            )  # fmt: skip
-            axes.annotate(
-                cell.method, point, (5, 5), textcoords="offset points", fontsize="small"
-            )
-        axes.margins(0.12)  # room for the texts at the points
+        shown = cells[(cells.K == K) | end_to_end]
+        for method, group in shown.groupby("method", sort=False):
+            peaks, errors = group.peak_memory_bytes / MIB, group.error_last_mean
+            axes.plot(peaks, errors, color=colors[method], linewidth=0.7, alpha=0.6)
+            for peak, error, std, mode in zip(
+                peaks, errors, group.error_last_std, group["mode"], strict=True
+            ):
+                axes.errorbar(peak, error, std, color=colors[method], fmt=MARKERS[mode], capsize=3)
+                axes.annotate(
+                    method, (peak, error), (6, 4), textcoords="offset points",
+                    fontsize="small", color=colors[method],
+                )  # fmt: skip
+        for mode in shown["mode"].unique():  # of the legend
+            axes.plot([], [], MARKERS[mode], color="black", label=mode)
+        axes.margins(0.12)
     return figure
 
 

@@ -34,9 +34,10 @@ HOW = (
     "They are those of convolutions and matrix products; what the backward computes again counts. "
     "Samples/s are what the runs measured in training, each on its machine: the median over "
     "epochs, and of that the mean over seeds.\n\n"
-    "The control has no context, and the least depth whose inference takes the FLOPs of E. "
-    "A published error is shown only beside runs with the same data, net, K, method, epochs and "
-    "other options; the head of its column names source and schedule."
+    "A deeper net is a control: it has no context, and the least depth whose inference takes the "
+    "FLOPs of E. A published error is shown only beside runs with the same data, net, K, method, "
+    "epochs and other options. The head of its column names source and schedule; in brackets is "
+    "the name that the source gives to the method."
 )
 
 
@@ -44,15 +45,16 @@ def method_cells(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Return the cells of METHODS in order, given what `read_runs` and `over_seeds` return.
 
     The column `method` has names of methods. There are columns for `MEASURES`, and one for each
-    source of published errors that has an error of these cells. Settings with one method are left
-    out: other tables have them.
+    source of published errors that has an error of these cells. A setting and K with one method
+    are left out: other tables have them.
     """
     setups = runs.groupby(SETUP, sort=False)
     cells = cells.join(setups[["config", "parameters"]].first(), on=SETUP)
     cells["method"] = [method_name(cell) for cell in cells.to_dict("records")]
     cells = cells.dropna(subset="method")
-    several = cells[cells["mode"] != END_TO_END].groupby("setting").method.nunique() > 1
-    cells = cells[cells.setting.isin(several.index[several])]
+    is_end_to_end = cells["mode"] == END_TO_END
+    several = cells.groupby(["setting", "K"]).method.transform("nunique") > 1
+    cells = cells[several | (is_end_to_end & cells.setting.isin(cells.setting[several]))]
     names = ["R0", "E", END_TO_END, *METHODS]
     place = {label: names.index(label.split(",")[0]) for label in [*names, *cells.method]}
     place |= {setting: index for index, setting in enumerate(cells.setting.unique())}
@@ -133,6 +135,7 @@ def add_published(cells: pd.DataFrame) -> pd.DataFrame:
     keys = [name for name in SETUP if name != "dataset"]  # which `setting` begins with
     for (source, epochs), rows in published.groupby(["source", "epochs"], sort=False):
         texts = (rows["mean"] + " ± " + rows["std"]).str.removesuffix(" ± ")
+        texts += " (" + rows["name"] + ")"
         texts.index = pd.MultiIndex.from_frame(rows[keys])
         texts = texts.rename(f"{PUBLISHED}{source}, {epochs} epochs")
         joined = cells.join(texts, on=keys)

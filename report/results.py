@@ -132,7 +132,7 @@ def read_setup(config: dict[str, Any]) -> dict[str, Any]:
 def method_kind(config: dict[str, Any]) -> str:
     """Return the `kind` of a run with these options, without its cuts.
 
-    Options of KIND_OPTIONS that are missing, as in files of earlier versions, are at their defaults.
+    Options of KIND_OPTIONS that are missing, as in files of earlier versions, are at the defaults.
     """
     loss = config["local_loss_mode"]
     kind = "softmax" if loss == "cross_entropy" else loss  # as the paper calls it
