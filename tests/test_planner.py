@@ -130,7 +130,7 @@ def test_flops_by_hand():
 @pytest.mark.parametrize(
     ("K", "widths", "layers"),
     [(2, [32], 38), (4, [16, 32, 64], 38), (8, [16] * 3 + [32] * 2 + [64] * 2, 50),
-     pytest.param(16, [16] * 6 + [32] * 5 + [64] * 4, 62, marks=pytest.mark.slow)],
+     (16, [16] * 6 + [32] * 5 + [64] * 4, 62)],
 )  # fmt: skip
 def test_the_depth_with_equal_flops_by_hand(capsys, K, widths, layers):
     """`widths` are those of the features that have an encoder, on 32x32 images."""
@@ -143,8 +143,7 @@ def test_the_depth_with_equal_flops_by_hand(capsys, K, widths, layers):
     wanted = backbone(5) + sum(encoder * (3 + width) for width in widths)
     n = layers // 6
     assert backbone(n - 1) < wanted <= backbone(n)
-    options = f"--layers 32 --local_module_num {K} --context_mode E".split()
-    equal_flops.main(options)
+    equal_flops.main(f"--layers 32 --local_module_num {K} --context_mode E".split())
     assert capsys.readouterr().out == f"{layers}\n"
 
 
