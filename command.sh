@@ -8,19 +8,22 @@
 # ./command.sh list    the paper's experiments and how many runs each has
 # ./command.sh table1 | table2 | table3 | figure4 | figure5 | table4 | all
 #                      train the runs of an experiment, then python -m report runs
+# ./command.sh methods             other published methods beside ContSup, each without and with E
 # ./command.sh evidence DATA_DIR   fifteen short runs on images of your own, then python -m report
+# ./command.sh methods DATA_DIR    the methods with the short schedule of evidence
 # Options after the target go to train.py, planning/bench.py or pytest. With an experiment, --list
 # prints its commands and --dry_run plans their memory without training; SEEDS="0 1 2" (default 0;
-# of evidence 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs. A finished run is skipped, and
-# one that was cut off continues. Paths are relative to this script's folder, where runs/ and
-# results/ are too. An active virtual environment that has torch is used as it is. Else .venv is:
-# it is made with the first Python 3.10 or later, or that of PYTHON=..., and what requirements.txt
-# asks for, or REQUIREMENTS=requirements-lock.txt (the versions that results here were made with).
+# with DATA_DIR 0 1 2), EPOCHS=160 and DATASET=cifar10 change its runs; of methods also KS="4 8"
+# (default 16) and METHODS="dgl infopro" (default: all). A finished run is skipped, and one
+# that was cut off continues. Paths are relative to this script's folder, where runs/ and results/
+# are too. An active virtual environment that has torch is used as it is. Else .venv is: it is
+# made with the first Python 3.10 or later, or that of PYTHON=..., and what requirements.txt asks
+# for, or REQUIREMENTS=requirements-lock.txt (the versions that results here were made with).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 usage() {
-    sed -n '2,18s/^# //p' command.sh
+    sed -n '2,21s/^# //p' command.sh
 }
 
 fail() {
@@ -115,12 +118,16 @@ print(f"{sys.argv[1]}: Python {platform.python_version()}, torch {torch.__versio
 # ---------------------------------------------------------------------------------------------
 # The paper's experiments
 
-PUBLISHED=(--model resnet --droprate 0.0 --cos_lr --aux_net_widen 1 --aux_net_feature_dim 128
-    --aux_net_config 1c2f --epochs "${EPOCHS:-160}")
+PUBLISHED=(--aux_net_config 1c2f --aux_net_widen 1 --aux_net_feature_dim 128 --model resnet
+    --droprate 0.0 --cos_lr --epochs "${EPOCHS:-160}")
 
 # What else would make other runs of an experiment's, beside the options that its calls have.
 FIXED="--cuts --partition --balanced_memory --memory_budget --h_reconstruct --no-cos_lr"
-FIXED+=" --loss_scale --ixx_1 --ixy_1 --ixx_2 --ixy_2"
+FIXED+=" --loss_scale --ixx_1 --ixy_1 --ixx_2 --ixy_2 --loss_scale_rule --patch_decoder --method"
+FIXED+=" --aux_net_depth --aux_net_taper --momentum_aux --momentum_aux_mix --overlap"
+FIXED+=" --overlap_weight --consistency"
+
+ALL_METHODS="contsup greedy dgl infopro predsim auglocal man manpp hpff sid" # of configs.METHODS
 
 # add_runs DATA LAYERS MODES LOSSES KS [option ...]: add a call of train.py for each combination.
 add_runs() {
@@ -136,6 +143,36 @@ add_run() {
     local call
     call=$(printf '%q ' "$@")
     [[ $CALLS == *"$call"$'\n'* ]] || CALLS+=$call$'\n'
+}
+
+# Replace the published schedule by a short one on images of the user's own.
+shorten() {
+    PUBLISHED=(--data_dir "$DATA_DIR" --limit_per_class 1000 --epochs "${EPOCHS:-8}"
+        --batch_size 128 --lr 0.1 --amp bf16 --compile)
+    DATASET=folder
+}
+
+# Add the runs of a method for each number of modules in KS, without context and with the image. Of
+# contsup also a control: without context, but as deep as the FLOPs of the image's encoders pay for.
+add_method() {
+    local K data=${DATASET:-cifar10} options layers
+    for K in $KS; do
+        options=(--method "$1")
+        # Images of the user's own have no published loss scales: they take those of CIFAR-10.
+        case $data,$1,$K in
+            folder,infopro,2) options+=(--loss_scale 5 1 0 0) ;;
+            folder,infopro,4) options+=(--loss_scale 6 0 1 2) ;;
+            folder,infopro,8) options+=(--loss_scale 5 0 0 2) ;;
+            folder,infopro,16) options+=(--loss_scale 5 0.05 0.2 0.5) ;;
+        esac
+        add_runs "$data" 32 "R0 E" cross_entropy "$K" "${options[@]}"
+        if [ "$1" = contsup ]; then
+            prepare >&2
+            layers=$("$python" -m planning.equal_flops --layers 32 --local_module_num "$K" \
+                --context_mode E) || exit $?
+            add_runs "$data" "$layers" R0 cross_entropy "$K" "${options[@]}"
+        fi
+    done
 }
 
 # Add the runs of an experiment. `list` prints the comments.
@@ -167,11 +204,16 @@ add_experiment() {
         all) # each run once; K=16 of Figure 4 is Table 2's too, its balanced cuts being the equal ones
             for name in table1 table2 table3 figure4 figure5 table4; do add_experiment $name; done
             ;;
+        methods) # not of the paper: other methods without and with context, by one schedule
+            PUBLISHED=("${PUBLISHED[@]:2}") # without the head, which a method has
+            FIXED+=" --aux_net_config"
+            if [ -n "$DATA_DIR" ]; then shorten; fi
+            for name in $METHODS; do add_method "$name"; done
+            ;;
         evidence) # not of the paper: does context supply help, with a short schedule on any images?
-            PUBLISHED=(--data_dir "$DATA_DIR" --limit_per_class 1000 --epochs "${EPOCHS:-8}"
-                --batch_size 128 --lr 0.1 --amp bf16 --compile)
-            add_runs folder 32 R0 cross_entropy 1
-            add_runs folder 32 "R0 R1 E R1E" cross_entropy 16
+            shorten
+            add_runs "$DATASET" 32 R0 cross_entropy 1
+            add_runs "$DATASET" 32 "R0 R1 E R1E" cross_entropy 16
             ;;
     esac
 }
@@ -344,15 +386,29 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
         ;;
     list) list ;;
     table1 | table2 | table3 | figure4 | figure5 | table4 | all) experiment "$@" ;;
-    evidence)
-        DATA_DIR=${2:-}
-        [[ -n $DATA_DIR && $DATA_DIR != -* ]] ||
-            fail "say where the images are: ./command.sh evidence DATA_DIR" \
-                "(it has train/<class>/* and test/<class>/*)"
-        [[ " ${*:3} " == *" --list "* || -d $DATA_DIR/train ]] ||
-            fail "there is no folder $DATA_DIR/train, seen from $PWD"
-        SEEDS=${SEEDS:-0 1 2}
-        experiment evidence "${@:3}"
+    evidence | methods)
+        target=$1 DATA_DIR=""
+        shift
+        case ${1:--} in
+            -*) [ "$target" = methods ] ||
+                fail "say where the images are: ./command.sh evidence DATA_DIR" \
+                    "(it has train/<class>/* and test/<class>/*)" ;;
+            *)
+                DATA_DIR=$1 SEEDS=${SEEDS:-0 1 2}
+                shift
+                [[ " $* " == *" --list "* || -d $DATA_DIR/train ]] ||
+                    fail "there is no folder $DATA_DIR/train, seen from $PWD"
+                ;;
+        esac
+        KS=${KS:-16} METHODS=${METHODS:-$ALL_METHODS}
+        [[ "$(echo $KS)" =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
+            fail "KS='$KS' are not whole numbers between spaces"
+        [[ $METHODS =~ [^[:space:]] ]] || fail "METHODS='$METHODS' names no method"
+        for name in $METHODS; do
+            [[ " $ALL_METHODS " == *" $name "* ]] ||
+                fail "METHODS has '$name', which is none of $ALL_METHODS"
+        done
+        experiment "$target" "$@"
         ;;
     -h | --help) usage ;;
     *)

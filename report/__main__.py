@@ -1,4 +1,4 @@
-"""The paper's tables and figures, from the files of runs: `python -m report runs`."""
+"""The paper's tables and figures, and methods compared, from runs: `python -m report runs`."""
 
 import os
 
@@ -35,7 +35,7 @@ from configs import InputError, one_line
 from engine.files import write_text
 
 try:
-    from report import tables
+    from report import methods, tables
     from report.figures import write_figures
     from report.results import read_runs
 except ModuleNotFoundError as error:
@@ -65,11 +65,15 @@ def write_report(roots: Sequence[Path], folder: Path) -> tuple[list[Path], list[
         if not filled.empty:
             texts[f"{table.name}.md"] = tables.table_markdown(table.title, filled)
             texts[f"{table.name}.csv"] = tables.csv_text(filled)
+    compared = methods.method_cells(runs, cells)
+    if not compared.empty:
+        texts["methods.md"] = methods.methods_markdown(compared)
+        texts["methods.csv"] = tables.csv_text(compared, methods.csv_columns(compared))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_text(folder / name, text)
-        images = write_figures(runs, cells, folder)
+        images = write_figures(runs, cells, folder, compared)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {one_line(error)}") from error
     return [*(folder / name for name in texts), *images], notes

@@ -1,4 +1,4 @@
-"""The figures: error against memory and K as in the paper, learning curves, error by depth."""
+"""The figures: error against memory and K as in the paper, methods, learning curves, depth."""
 
 import re
 import textwrap
@@ -26,6 +26,8 @@ ERROR_LAST = "test error at the last epoch, %"
 
 COLORS = {END_TO_END: "black", "R0": "tab:gray", "E": "tab:blue", "R1": "tab:orange",
           "R1E": "tab:red", "ResNet-32": "tab:blue", "ResNet-110": "tab:red"}  # fmt: skip
+MARKERS = {END_TO_END: "*", "R0": "o", "E": "s"}
+METHOD_COLORS = [c for name in ("Dark2", "tab10") for c in matplotlib.colormaps[name].colors]
 OTHER_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 Panels = dict[str, dict[str, pd.DataFrame]]
@@ -37,18 +39,22 @@ Points are indexed by x. Columns: `mean`, `std` (NaN for one seed), and `train` 
 
 # A user's matplotlibrc does not change the figures, nor make them need LaTeX.
 @matplotlib.rc_context(matplotlib.rcParamsDefault)
-def write_figures(runs: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> list[Path]:
+def write_figures(
+    runs: pd.DataFrame, cells: pd.DataFrame, folder: Path, methods: pd.DataFrame | None = None
+) -> list[Path]:
     """Write PNG files of all figures that there are finished runs for; raise OSError."""
     paths = []
-    for name, figure in draw_figures(runs, cells).items():
+    for name, figure in draw_figures(runs, cells, methods).items():
         paths.append(folder / f"{name}.png")
         with replacing(paths[-1]) as file:
             figure.savefig(file, format="png", dpi=120)
     return paths
 
 
-def draw_figures(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Figure]:
-    """Return name -> figure, from what `read_runs` and `over_seeds` return."""
+def draw_figures(
+    runs: pd.DataFrame, cells: pd.DataFrame, methods: pd.DataFrame | None = None
+) -> dict[str, Figure]:
+    """Return name -> figure, from what `read_runs`, `over_seeds` and `method_cells` return."""
     runs, cells = runs[~runs.is_plan], cells[cells.n > 0]
     figures = {}
     for table in TABLES:
@@ -57,6 +63,9 @@ def draw_figures(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, Figure]:
                 inputs = filled.dropna(subset="n"), runs[runs.setting == setting]
                 figure = draw(f"{table.title}\n{setting}", *inputs)
                 figures[file_name(table.name, setting)] = figure
+    if methods is not None:
+        for setting, group in methods[methods.n > 0].groupby("setting", sort=False):
+            figures[file_name("methods", setting)] = methods_figure(setting, group)
     for (setting, layers), group in runs.groupby(["setting", "layers"], sort=False):
         for name, points_of, labels in (
             ("learning_curves", by_epoch, ("epoch", "test error, %")),
@@ -127,6 +136,37 @@ def figure5(title: str, cells: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def methods_figure(setting: str, cells: pd.DataFrame) -> Figure:
+    """Draw error against peak memory: a panel for each K, a point for each method and mode.
+
+    A line joins the points of a method, without and with the image.
+    """
+    end_to_end = cells["mode"] == END_TO_END
+    every_K = cells.K[~end_to_end].unique()
+    title = f"Methods: error against peak memory, ResNet-32\n{setting}"
+    panels: Panels = {f"K={K}": {} for K in every_K}
+    figure = draw_panels(title, "peak memory, MiB", ERROR_LAST, panels)
+    figure.set_size_inches(1.6 * figure.get_size_inches())  # room for the texts at the points
+    colors = dict(zip(cells.method.unique(), cycle(METHOD_COLORS), strict=False))
+    for axes, K in zip(figure.axes, every_K, strict=True):
+        shown = cells[(cells.K == K) | end_to_end]
+        for method, group in shown.groupby("method", sort=False):
+            peaks, errors = group.peak_memory_bytes / MIB, group.error_last_mean
+            axes.plot(peaks, errors, color=colors[method], linewidth=0.7, alpha=0.6)
+            for peak, error, std, mode in zip(
+                peaks, errors, group.error_last_std, group["mode"], strict=True
+            ):
+                axes.errorbar(peak, error, std, color=colors[method], fmt=MARKERS[mode], capsize=3)
+                axes.annotate(
+                    method, (peak, error), (6, 4), textcoords="offset points",
+                    fontsize="small", color=colors[method],
+                )  # fmt: skip
+        for mode in shown["mode"].unique():  # of the legend
+            axes.plot([], [], MARKERS[mode], color="black", label=mode)
+        axes.margins(0.12)
+    return figure
+
+
 def error_points(cells: pd.DataFrame, label: str, x: str) -> dict[str, pd.DataFrame]:
     """Return label -> errors at the last epoch, given the columns of labels and x."""
     cells = cells.rename(columns={"error_last_mean": "mean", "error_last_std": "std"})
@@ -184,7 +224,7 @@ def draw_panels(
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, points in lines.items():
             draw_line(axes, label, points, colors[label], with_points)
-        axes.set(title=name, xlabel=x_label)
+        axes.set(title=textwrap.fill(name, 40), xlabel=x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:

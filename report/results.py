@@ -8,17 +8,24 @@ from typing import Any
 
 import pandas as pd
 
-from configs import InputError, choose_cuts, one_line
-from engine.options import NON_TRAINING_OPTIONS, data_name
+from configs import InputError, choose_cuts, one_line, published_loss_scale
+from engine.options import NON_TRAINING_OPTIONS, build_parser, data_name, fill_in
 from engine.run_folder import read_metrics
 from engine.run_name import unusual_options
 from models.context import ContextMode
 
 END_TO_END = "end to end"
 
+KIND_OPTIONS = (
+    "aux_net_config", "aux_net_depth", "aux_net_taper", "momentum_aux", "momentum_aux_mix",
+    "overlap", "overlap_weight", "consistency", "patch_decoder", "loss_scale", "loss_scale_rule",
+)  # fmt: skip
+"""Options that `kind` names where they are not as by default."""
+
 METHOD_OPTIONS = (
     "dataset", "layers", "local_module_num", "context_mode", "local_loss_mode",
     "h_reconstruct", "balanced_memory", "partition", "memory_budget", "cuts", "seed",
+    *KIND_OPTIONS,
 )  # fmt: skip
 """Options that SETUP has columns for, and the seed."""
 
@@ -28,7 +35,8 @@ SETUP = ["setting", "dataset", "layers", "K", "mode", "kind"]
     setting: data, and options with unpublished values, such as "digits, epochs 8, lr 0.1".
     dataset: `folder-NAME` for images of the user's own.
     mode: context mode; "end to end" for K = 1.
-    kind: loss, decoders and cuts, such as "softmax with decoders, balanced cuts"; "" for K = 1.
+    kind: loss, decoders, what else makes the method, and cuts, such as "softmax with decoders,
+        2c2f, balanced cuts"; "" for K = 1.
 """
 
 METRICS = {"epoch", "test_error", "test_errors", "train_errors"}
@@ -39,7 +47,7 @@ IDENTITY = [*SETUP, "seed", "is_plan"]
 
 COLUMNS = [
     *IDENTITY, "error_last", "error_best", "peak_memory_bytes", "peak_memory_how",
-    "metrics", "config", "folder",
+    "metrics", "config", "parameters", "folder",
 ]  # fmt: skip
 """Columns of runs. Errors are in percent, NaN for plans; metrics are a list, config is a dict."""
 
@@ -99,6 +107,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "peak_memory_how": contents["peak_memory_how"],
         "metrics": metrics,
         "config": contents["config"],
+        "parameters": contents.get("parameters", {}),
         "folder": path.parent,
     }
 
@@ -108,10 +117,7 @@ def read_setup(config: dict[str, Any]) -> dict[str, Any]:
     layers, K, dataset = config["layers"], config["local_module_num"], data_name(config)
     options = unusual_options(config, {*METHOD_OPTIONS, *NON_TRAINING_OPTIONS})
     options = [option.replace("-", " ", 1) for option in options] or ["published options"]
-    loss = config["local_loss_mode"]
-    kind = "softmax" if loss == "cross_entropy" else loss  # as the paper calls it
-    if config["h_reconstruct"]:
-        kind += " with decoders"
+    kind = method_kind(config)
     # The same cuts by --cuts are another kind: with decoders they have other loss scales.
     balanced = config["balanced_memory"]
     cuts = config["cuts"] or choose_cuts(layers, K, dataset, balanced)
@@ -121,6 +127,41 @@ def read_setup(config: dict[str, Any]) -> dict[str, Any]:
     mode, kind = (END_TO_END, "") if K == 1 else (config["context_mode"], kind)
     values = (", ".join([dataset, *options]), dataset, layers, K, mode, kind)
     return dict(zip(SETUP, values, strict=True))
+
+
+def method_kind(config: dict[str, Any]) -> str:
+    """Return the `kind` of a run with these options, without its cuts.
+
+    Options of KIND_OPTIONS that are missing, as in files of earlier versions, are at the defaults.
+    """
+    loss = config["local_loss_mode"]
+    kind = "softmax" if loss == "cross_entropy" else loss  # as the paper calls it
+    if config["h_reconstruct"]:
+        kind += " with decoders"
+    usual = build_parser().parse_args([])
+    for deciding in ("aux_net_config", "overlap"):  # they decide the defaults of others
+        setattr(usual, deciding, config.get(deciding, getattr(usual, deciding)))
+    usual = vars(fill_in(usual)) | {
+        "aux_net_config": "1c2f", "overlap": 0, "loss_scale": _usual_loss_scale(config),
+    }  # fmt: skip
+    for option in KIND_OPTIONS:
+        value = config.get(option)
+        if value is None or value == usual[option]:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+        kind += ", " + " ".join(words if option == "aux_net_config" else [option, *words])
+    return kind
+
+
+def _usual_loss_scale(config: dict[str, Any]) -> list[float] | None:
+    """Return the published loss scale; images of the user's own have that of CIFAR-10."""
+    dataset = "cifar10" if config["dataset"] == "folder" else config["dataset"]
+    net = config["layers"], config["local_module_num"], dataset, config["balanced_memory"]
+    try:
+        return list(published_loss_scale(*net))
+    except InputError:
+        return None
 
 
 def _order(run: dict[str, Any]) -> tuple:

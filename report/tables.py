@@ -156,11 +156,16 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def csv_text(cells: pd.DataFrame) -> str:
-    """Return CSV with a line for each cell: errors in percent, `-` for what is missing."""
+def csv_text(cells: pd.DataFrame, more: Sequence[str] = ()) -> str:
+    """Return CSV with a line for each cell: errors in percent, `-` for what is missing.
+
+    Args:
+        more: columns to add.
+    """
     columns = [
         "setting", "layers", "K", "method", "error_last_mean", "error_last_std", "error_best_mean",
         "error_best_std", "n", "peak_memory_bytes", "peak_memory_how",
+        *more,
     ]  # fmt: skip
     cells = cells.dropna(subset="n")[columns].round(6)
     return cells.to_csv(index=False, na_rep="-", float_format="%.15g", lineterminator="\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import configs
 import train
 from engine.options import read_options
 from engine.run_name import run_name
@@ -35,6 +36,7 @@ if [ -n "$WAITS" ]; then # for a signal, and then takes some time to stop
     while :; do sleep 0.05; done
 fi
 case "$*" in
+    *equal_flops*) echo 62 ;;
     *"-m report"*) exit ${{REPORT:-0}} ;;
     *"$FAILS"*) exit ${{STATUS:-2}} ;;
 esac
@@ -44,7 +46,8 @@ esac
 With CHECKS it does check the options that command.sh has it check."""
 
 
-CHANGING = "SEEDS", "EPOCHS", "DATASET", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "REQUIREMENTS"
+CHANGING = ("SEEDS", "EPOCHS", "DATASET", "KS", "METHODS", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON",
+            "REQUIREMENTS")  # fmt: skip
 PLAIN = {name: value for name, value in os.environ.items() if name not in CHANGING}
 
 
@@ -60,7 +63,8 @@ def listed(*arguments, **environment):
     done = command(*arguments, "--list", **environment)
     assert (done.returncode, done.stderr) == (0, "")
     calls = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert all(call[:2] == [".venv/bin/python", "train.py"] for call in calls)
+    python = f"{environment.get('VIRTUAL_ENV', '.venv')}/bin/python"
+    assert all(call[:2] == [python, "train.py"] for call in calls)
     return [read_options(call[2:])[0] for call in calls]
 
 
@@ -138,6 +142,51 @@ def test_evidence():
     for arguments in ([], ["--list"], ["nowhere"]):
         missing = command("evidence", *arguments)
         assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
+
+
+def test_methods_are_the_grid_of_methods_and_modes(clone):
+    runs = listed("methods", cwd=clone, KS="8 16")
+    control = [run for run in runs if run.layers == 62]  # as the clone's interpreter says
+    grid = [run for run in runs if run.layers == 32]
+    assert len(runs) == len(control) + len(grid)
+    assert [(o.context_mode, o.local_module_num) for o in control] == [("R0", 8), ("R0", 16)]
+    assert calls_in(clone) == [
+        f"-m planning.equal_flops --layers 32 --local_module_num {K} --context_mode E"
+        for K in (8, 16)
+    ]
+    typed = {"local_loss_mode": "cross_entropy", "layers": 32}
+    expected = [
+        configs.METHODS[name] | typed | {"local_module_num": K, "context_mode": mode}
+        for name in configs.METHODS for K in (8, 16) for mode in ("R0", "E")
+    ]  # fmt: skip
+    usual = {"aux_net_config": "1c2f", "h_reconstruct": False, "loss_scale": None, "overlap": 0,
+             "momentum_aux": None, "consistency": None}  # fmt: skip
+    for options, method in zip(grid, expected, strict=True):
+        assert vars(options).items() >= (usual | method).items()
+        assert (options.epochs, options.batch_size, options.lr) == (160, 1024, 0.8)
+        assert (options.dataset, options.seed) == ("cifar10", 0)
+
+
+def test_some_methods_and_the_short_schedule():
+    chosen = {"METHODS": "infopro sid", "KS": "2 4 8 16 3"}
+    runs = listed("methods", "some where", "--name", "x", **chosen, SEEDS="1", EPOCHS="2")
+    assert [(o.h_reconstruct, o.local_module_num, o.context_mode) for o in runs] == [
+        (decoders, K, mode)
+        for decoders in (True, False) for K in (2, 4, 8, 16, 3) for mode in ("R0", "E")
+    ]  # fmt: skip
+    schedule = {
+        (o.dataset, o.data_dir, o.layers, o.limit_per_class, o.epochs, o.batch_size, o.lr, o.amp,
+         o.compile, o.seed, o.name)
+        for o in runs
+    }  # fmt: skip
+    assert schedule == {("folder", "some where", 32, 1000, 2, 128, 0.1, "bf16", True, 1, "x")}
+    for options in runs:  # CIFAR-10's, where the paper has them
+        scale = options.h_reconstruct and configs.LOSS_SCALES[32, "cifar10"].get(
+            options.local_module_num
+        )
+        assert options.loss_scale == (list(scale) if scale else None)
+    assert {o.seed for o in listed("methods", "some where", METHODS="dgl")} == {0, 1, 2}
+    assert {o.dataset for o in listed("methods", METHODS="dgl", DATASET="svhn")} == {"svhn"}
 
 
 def test_help_runs_nothing(clone):
@@ -264,6 +313,13 @@ def test_a_dry_run_plans_each_once(clone):
         (["figure5", "--h_reconstruct"], {}, "--h_reconstruct is part of"),
         (["table1", "--cuts", "1,0"], {}, "--cuts is part of"),
         (["test", "--matrix", "oldst"], {}, "--matrix oldst is none of oldest, between, newest"),
+        (["table1", "--method", "sid"], {}, "--method is part of"),
+        (["methods", "--aux_net_config=0c1f"], {"METHODS": "sid"}, "--aux_net_config is part of"),
+        (["methods", "--consistency=1"], {"METHODS": "dgl"}, "--consistency is part of"),
+        (["methods"], {"METHODS": "dgl lda"}, "METHODS has 'lda', which is none of contsup greedy"),
+        (["methods"], {"METHODS": " "}, "METHODS=' ' names no method"),
+        (["methods"], {"KS": "4,8"}, "KS='4,8' are not whole numbers"),
+        (["methods", "nowhere"], {}, "there is no folder nowhere/train"),
         (["table1"], {"SEEDS": "0,1"}, "SEEDS='0,1'"),
         (["table1"], {"SEEDS": " "}, "SEEDS=' '"),
     ],

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from engine.memory import LiveBytes
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import LocalModule, build_network
-from planning import dry_run
+from planning import dry_run, equal_flops
 from planning.plan import make_plan, step_peaks
 
 BATCH = 32
@@ -125,6 +125,26 @@ def test_flops_by_hand():
         2 * stem + 3 * (first + head_1),
         3 * (second + third + head_2) + 3 * encoder_1 + 4 * encoder_2,
     ]
+
+
+@pytest.mark.parametrize(
+    ("K", "widths", "layers"),
+    [(2, [32], 38), (4, [16, 32, 64], 38), (8, [16] * 3 + [32] * 2 + [64] * 2, 50),
+     (16, [16] * 6 + [32] * 5 + [64] * 4, 62)],
+)  # fmt: skip
+def test_the_depth_with_equal_flops_by_hand(capsys, K, widths, layers):
+    """`widths` are those of the features that have an encoder, on 32x32 images."""
+    block, encoder = 2 * 1024 * 2 * 9 * 16 * 16, 2 * 1024 * 9 * 12
+
+    def backbone(n):  # a block that halves the image has half of one conv, and a shortcut
+        stem, linear, shortcut = 2 * 1024 * 9 * 3 * 16, 2 * 64 * 10, 2 * 256 * 16 * 32
+        return stem + linear + 3 * n * block - 2 * block // 4 + 2 * shortcut
+
+    wanted = backbone(5) + sum(encoder * (3 + width) for width in widths)
+    n = layers // 6
+    assert backbone(n - 1) < wanted <= backbone(n)
+    equal_flops.main(f"--layers 32 --local_module_num {K} --context_mode E".split())
+    assert capsys.readouterr().out == f"{layers}\n"
 
 
 def test_end_to_end_is_the_plan_of_one_module():

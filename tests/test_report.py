@@ -14,15 +14,19 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from cli import main
 from matplotlib.image import imread
 
+import configs
 from configs import choose_cuts
+from engine.options import read_options
 from report import __main__ as report
 from report.figures import draw_figures, file_name, write_figures
-from report.results import read_runs
-from report.tables import error_text, over_seeds
+from report.methods import add_published, csv_columns, method_cells, method_name, methods_markdown
+from report.results import read_runs, read_setup
+from report.tables import csv_text, error_text, over_seeds
 
 HERE = Path(__file__).parent
 RUNS, EXPECTED = HERE / "runs", HERE / "expected"
@@ -114,9 +118,9 @@ def test_names_that_a_script_has_added_are_listed(tmp_path):
     written, notes = report.write_report([tmp_path], tmp_path / "out")
     text = (tmp_path / "out/all_runs.md").read_text()
     assert notes == [] and written[0].exists()
-    assert "| R1S, softmax |" in text and "| E, smooth |" in text
+    assert "| R1S, softmax |" in text and "| E, smooth, pool2 |" in text
     assert "noise, image_size 16, batch_size 8, lr 0.3" in text
-    assert "cifar10, model plain, aux_net_config pool2" in text
+    assert "cifar10, model plain\n" in text
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,58 @@ def test_a_damaged_line_of_metrics_is_left_out(tmp_path, line):
         file.write(line)
     runs, notes = read_runs([tmp_path])
     assert ([m["test_error"] for m in runs.metrics[0]], notes) == ([8.0, 4.0], [])
+
+
+def options_of(words):
+    return vars(read_options(words.split())[0])
+
+
+MAN = "softmax with decoders, 2c2f, momentum_aux 0.995, {}loss_scale 5 0.5 0 0"
+KINDS = {
+    "contsup": "softmax", "greedy": "softmax, 0c1f", "dgl": "softmax, mlp-sr",
+    "infopro": "softmax with decoders", "predsim": "softmax, predsim",
+    "auglocal": "softmax, auglocal", "sid": "softmax, consistency 0.5",
+    "man": MAN.format("") + ", loss_scale_rule stage",
+    "manpp": MAN.format("momentum_aux_mix learned, ") + ", loss_scale_rule stage",
+    "hpff": "softmax with decoders, 2c2f, overlap 1, patch_decoder, loss_scale 5 0.5 0 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", configs.METHODS)
+@pytest.mark.parametrize("mode", ["R0", "E"])
+def test_the_kind_names_what_makes_a_method(name, mode):
+    words = f"--local_loss_mode cross_entropy --local_module_num 4 --context_mode {mode} --method "
+    setup = read_setup(config := options_of(words + name))
+    assert (setup["setting"], setup["mode"], setup["kind"]) == (
+        "cifar10, published options", mode, KINDS[name],
+    )  # fmt: skip
+    assert method_name(setup | {"config": config}) == name
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("--method auglocal --aux_net_depth 3", "auglocal, aux_net_depth 3"),
+        ("--aux_net_config auglocal --aux_net_taper 0", "auglocal, aux_net_taper 0"),
+        ("--overlap 1 --overlap_weight 0.5", "overlap 1, overlap_weight 0.5"),
+        ("--method sid --consistency 1", "consistency 1"),
+        ("--momentum_aux 0", "momentum_aux 0"),
+        ("--method dgl --aux_net_config 2c2f", "2c2f"),
+        ("--method man --loss_scale_rule module", MAN.format("")[len("softmax ") :]),
+        # CIFAR-10's loss scales are those of the user's own images, and not of SVHN.
+        ("--method infopro --loss_scale 6 0 1 2", "with decoders"),
+        ("--method infopro --loss_scale 6 0 1 2 --dataset folder", "with decoders"),
+        ("--method infopro --loss_scale 6 0 1 2 --dataset svhn",
+         "with decoders, loss_scale 6 0 1 2"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_a_run_that_is_no_methods(words, kind):
+    words = f"--local_module_num 4 --context_mode R0 {words} --local_loss_mode cross_entropy"
+    setup = read_setup(config := options_of(words))
+    assert setup["kind"].removeprefix("softmax").lstrip(", ") == kind
+    is_method = kind == "with decoders"
+    assert method_name(setup | {"config": config}) == ("infopro" if is_method else None)
+    assert "published options" in setup["setting"]
 
 
 CUTS = "[1, 1] [1, 2] [1, 3] [2, 1] [2, 2] [3, 1] [3, 2]"  # the balanced ones
@@ -199,6 +255,132 @@ def test_the_docs_show_what_the_runs_of_the_experiment_say():
 
 
 @pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The runs and the cells of methods, K = 2; FLOPs are counted in the making."""
+    root = tmp_path_factory.mktemp("methods")
+    net = {"local_module_num": 2, "context_mode": "R0"}
+    greedy, deep = net | {"aux_net_config": "0c1f"}, net | {"layers": 38}
+    own = {"dataset": "folder", "data_dir": "my/cats", "image_size": 32, "batch_size": 8, "lr": 0.8}
+    three_classes = {"parameters": {"backbone": 466_906 - 7 * 65}}
+    for name, errors, speeds, results, config in (
+        ("R0-seed0", (9.0, 8.5), (100, 300, 200), {}, net),
+        ("R0-seed1", (11.0, 9.5), (400,), {}, net | {"seed": 1}),
+        ("E", (8.0, 8.0), (50,), {}, net | {"context_mode": "E"}),
+        ("deep", (8.5, 8.5), (), {}, deep),
+        ("deeper", (1.0, 1.0), (), {}, net | {"layers": 44}),
+        ("greedy", (12.0, 12.0), (), {"peak_memory_bytes": 100 << 20}, greedy),
+        ("end", (7.0, 7.0), (), {}, {"local_module_num": 1}),
+        ("own", (20.0, 20.0), (), three_classes, net | own),
+        ("own-greedy", (30.0, 30.0), (), {}, greedy | own),
+        ("alone", (2.0, 2.0), (), {}, greedy | {"lr": 0.1}),
+        ("of-a-script", (2.0, 2.0), (), {}, net | {"lr": 0.1, "model": "plain"}),
+        ("contrast", (2.0, 2.0), (), {}, net | {"local_loss_mode": "contrast"}),
+        ("R1", (2.0, 2.0), (), {}, net | {"context_mode": "R1"}),
+    ):
+        metrics = [
+            {"epoch": 1 + epoch, "test_error": 9.0, "test_errors": [9.0], "train_errors": [9.0],
+             "samples_per_second": speed}
+            for epoch, speed in enumerate(speeds)
+        ]  # fmt: skip
+        results = {"peak_memory_bytes": 200 << 20} | results
+        results |= dict(zip(("error_last", "error_best"), errors, strict=True))
+        a_run(root / name, metrics=metrics, results=results, **config)
+    runs, notes = read_runs([root])
+    assert notes == []
+    return runs, method_cells(runs, over_seeds(runs))
+
+
+def test_the_table_of_methods(compared):
+    """Inference FLOPs are those of tests/test_planner.py; here, of training without context."""
+    _, cells = compared
+    backbone, encoder = 138_249_472, 7_741_440
+    # Neither the images nor the second module's input need a gradient.
+    without, head = 884_736 + 2 * 256 * 9 * 32 * 32, 2 * 32 * 10
+    text = methods_markdown(cells)
+    column = "published, %: InfoPro (ICLR 2021, table 2), 160 epochs"
+    published, own = (part.splitlines() for part in text.split("## ")[1:])
+    assert published[0] == "cifar10, published options" and published[2].endswith(f"| {column} |")
+    rows = [line[2:-2].split(" | ") for line in published[4:] if line[:1] == "|"]
+    assert [row[:6] + row[7:] for row in rows] == [
+        ["1", "end to end", "-", "7.00 (n=1)", "7.00 (n=1)", "200 (a)", "138", "-",
+         "7.37 ± 0.10 (end to end)"],
+        ["2", "contsup", "R0", "10.00 ± 1.41 (n=2)", "9.00 ± 0.71 (n=2)", "200 (a)", "138", "300",
+         "8.69 ± 0.12 (DGL)"],
+        ["2", "contsup", "E", "8.00 (n=1)", "8.00 (n=1)", "200 (a)", "146", "50", "-"],
+        ["2", "contsup, ResNet-38", "R0", "8.50 (n=1)", "8.50 (n=1)", "200 (a)", "167", "-", "-"],
+        ["2", "greedy", "R0", "12.00 (n=1)", "12.00 (n=1)", "100 (a)", "138", "-",
+         "10.30 ± 0.20 (Greedy SL)"],
+    ]  # fmt: skip
+    by_method = cells.set_index(["setting", "method", "mode"])
+    flops = by_method.loc["cifar10, published options"]
+    assert flops.train_flops_per_sample["greedy", "R0"] == 3 * (backbone + head) - without
+    assert flops.inference_flops_per_sample["contsup", "E"] == backbone + encoder
+    # Of three classes: the others' weights of the real head are not there.
+    assert own[0].startswith("folder-cats, ") and "published, %" not in own[2]
+    flops = by_method.loc[own[0]]
+    assert flops.inference_flops_per_sample["contsup", "R0"] == backbone - 7 * 128
+    assert math.isnan(flops.inference_flops_per_sample["greedy", "R0"])  # classes are not known
+    assert len(cells) == 5 + 2
+
+
+def test_the_csv_of_methods(compared):
+    _, cells = compared
+    first, *lines = csv_text(cells, csv_columns(cells)).splitlines()
+    assert first.split(",")[11:15] == [
+        "mode",
+        "train_flops_per_sample",
+        "inference_flops_per_sample",
+        "samples_per_second",
+    ]
+    assert first.endswith(',"published, %: InfoPro (ICLR 2021, table 2), 160 epochs"')
+    assert lines[1].startswith('"cifar10, published options",32,2,contsup,10,1.414214,9,0.7071')
+    assert lines[1].endswith(",138249472,300,8.69 ± 0.12 (DGL)")
+    assert len(lines) == len(cells)
+
+
+def test_the_figure_of_methods(compared):
+    runs, cells = compared
+    figures = draw_figures(runs, over_seeds(runs), cells)
+    assert {"methods", "methods_folder-cats_batch_size-8"} <= figures.keys()
+    (axes,) = figures["methods"].axes
+    assert axes.get_title() == "K=2"
+    assert [(note.get_text(), *note.xy) for note in axes.texts] == [
+        ("end to end", 200.0, 7.0), ("contsup", 200.0, 10.0), ("contsup", 200.0, 8.0),
+        ("contsup, ResNet-38", 200.0, 8.5), ("greedy", 100.0, 12.0),
+    ]  # fmt: skip
+    markers = {bars.lines[0].get_marker() for bars in axes.containers}
+    assert markers == {"*", "o", "s"} and len(axes.containers) == 5
+    _, labels = axes.get_legend_handles_labels()
+    assert labels == ["end to end", "R0", "E"]
+
+
+INFOPRO, AUGLOCAL = (
+    f"published, %: {source} epochs"
+    for source in ("InfoPro (ICLR 2021, table 2), 160", "AugLocal (ICLR 2024), 400")
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {INFOPRO: "16.21 ± 0.36 (DGL)"}),
+        ("--method greedy", {INFOPRO: "24.59 ± 0.83 (Greedy SL)"}),
+        ("--method infopro", {INFOPRO: "14.23 ± 0.42 (InfoPro)"}),
+        ("--method dgl", {}),  # another head than the one that InfoPro's paper calls so
+        ("--method dgl --epochs 400 --warmup_epochs 10", {AUGLOCAL: "14.08 (DGL)"}),
+        ("--method dgl --epochs 400", {}),
+        ("--epochs 400", {}), ("--amp bf16", {}), ("--dataset svhn", {}), ("--layers 110", {}),
+        ("--limit_per_class 1000", {}), ("--context_mode E", {}), ("--local_module_num 15", {}),
+    ],
+)  # fmt: skip
+def test_published_errors_are_beside_equal_setups_only(words, expected):
+    usual = "--context_mode R0 --local_module_num 16 --local_loss_mode cross_entropy"
+    cells = add_published(pd.DataFrame([read_setup(options_of(f"{usual} {words}"))]))
+    (cell,) = cells.filter(like="published, %").to_dict("records")
+    assert cell == expected
+
+
+@pytest.fixture(scope="module")
 def drawn():
     """Name -> figure, of tests/runs."""
     figures = figures_of(RUNS)
@@ -240,8 +422,8 @@ def test_peaks_of_end_to_end_training_are_those_of_the_figures_runs(tmp_path):
     balanced = "E-contrast-K4-balanced-seed0"
     a_run(tmp_path / "large", balanced)
     a_run(tmp_path / "small", balanced, batch_size=64)
-    a_run(tmp_path / "removed", balanced, aux_net_config="a head that is no more")
-    large, removed, small = (
+    a_run(tmp_path / "removed", balanced, model="a backbone that is no more")
+    large, small, removed = (
         vertical_lines(figure.axes[0]).get(("tab:blue", ":"))
         for name, figure in figures_of(tmp_path).items()
         if name.startswith("figure4")
