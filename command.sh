@@ -127,8 +127,6 @@ FIXED+=" --loss_scale --ixx_1 --ixy_1 --ixx_2 --ixy_2 --loss_scale_rule --patch_
 FIXED+=" --aux_net_depth --aux_net_taper --momentum_aux --momentum_aux_mix --overlap"
 FIXED+=" --overlap_weight --consistency"
 
-ALL_METHODS="contsup greedy dgl infopro predsim auglocal man manpp hpff sid" # of configs.METHODS
-
 # add_runs DATA LAYERS MODES LOSSES KS [option ...]: add a call of train.py for each combination.
 add_runs() {
     local data mode loss K
@@ -167,7 +165,6 @@ add_method() {
         esac
         add_runs "$data" 32 "R0 E" cross_entropy "$K" "${options[@]}"
         if [ "$1" = contsup ]; then
-            prepare >&2
             layers=$("$python" -m planning.equal_flops --layers 32 --local_module_num "$K" \
                 --context_mode E) || exit $?
             add_runs "$data" "$layers" R0 cross_entropy "$K" "${options[@]}"
@@ -400,14 +397,18 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
                     fail "there is no folder $DATA_DIR/train, seen from $PWD"
                 ;;
         esac
-        KS=${KS:-16} METHODS=${METHODS:-$ALL_METHODS}
-        [[ "$(echo $KS)" =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
-            fail "KS='$KS' are not whole numbers between spaces"
-        [[ $METHODS =~ [^[:space:]] ]] || fail "METHODS='$METHODS' names no method"
-        for name in $METHODS; do
-            [[ " $ALL_METHODS " == *" $name "* ]] ||
-                fail "METHODS has '$name', which is none of $ALL_METHODS"
-        done
+        if [ "$target" = methods ]; then
+            prepare >&2 # also with --list: which methods there are, Python knows
+            all_methods=$("$python" -c 'from configs import METHODS; print(*METHODS)')
+            KS=${KS:-16} METHODS=${METHODS:-$all_methods}
+            [[ "$(echo $KS)" =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
+                fail "KS='$KS' are not whole numbers between spaces"
+            [[ $METHODS =~ [^[:space:]] ]] || fail "METHODS='$METHODS' names no method"
+            for name in $METHODS; do
+                [[ " $all_methods " == *" $name "* ]] ||
+                    fail "METHODS has '$name', which is none of $all_methods"
+            done
+        fi
         experiment "$target" "$@"
         ;;
     -h | --help) usage ;;
