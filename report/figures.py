@@ -224,7 +224,7 @@ def draw_panels(
     for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for label, points in lines.items():
             draw_line(axes, label, points, colors[label], with_points)
-        axes.set(title=textwrap.fill(name, 40), xlabel=x_label)
+        axes.set(title=textwrap.fill(name, 36), xlabel=x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
