@@ -23,7 +23,8 @@ ROOT = Path(train.__file__).parent
 EXPERIMENTS = {"table1": 4, "table2": 16, "table3": 24, "figure4": 7, "figure5": 44, "table4": 13}
 
 PYTHON = f"""#!/bin/sh
-if [ "$1" = -c ]; then # checks the options, or the environment
+if [ "$1" = -c ]; then # checks the options or the environment, or names the methods
+    case "$2" in *METHODS*) exec env PYTHONPATH={ROOT} {sys.executable} "$@" ;; esac
     [ -z "$CHECKS" ] || [ $# = 2 ] || exec env PYTHONPATH={ROOT} {sys.executable} "$@"
     exit
 fi
