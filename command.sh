@@ -31,6 +31,7 @@ fail() {
     exit 2
 }
 
+PYTHONS=(python3 python3.13 python3.12 python3.11 python3.10 python)
 python=.venv/bin/python # or another that has torch, as `prepare` finds
 
 # has_torch PYTHON: whether it has versions that this code runs with.
@@ -75,7 +76,7 @@ prepare() {
         if [ -n "${PYTHON:-}" ]; then
             from=$(find_python 3.10 "$PYTHON") || fail "PYTHON=$PYTHON is no Python 3.10 or later"
         else
-            from=$(find_python 3.10 python3 python3.13 python3.12 python3.11 python3.10 python) ||
+            from=$(find_python 3.10 "${PYTHONS[@]}") ||
                 fail "Python 3.10 or later is needed; name it with PYTHON=/path/to/python3"
         fi
         # It also completes a .venv that was left half made.
@@ -165,6 +166,7 @@ add_method() {
         esac
         add_runs "$data" 32 "R0 E" cross_entropy "$K" "${options[@]}"
         if [ "$1" = contsup ]; then
+            prepare >&2
             layers=$("$python" -m planning.equal_flops --layers 32 --local_module_num "$K" \
                 --context_mode E) || exit $?
             add_runs "$data" "$layers" R0 cross_entropy "$K" "${options[@]}"
@@ -398,8 +400,8 @@ print(f"| {sys.argv[1]} | {end_to_end:,.0f} | {modules} | {peak:,.0f} |")' $laye
                 ;;
         esac
         if [ "$target" = methods ]; then
-            prepare >&2 # also with --list: which methods there are, Python knows
-            all_methods=$("$python" -c 'from configs import METHODS; print(*METHODS)')
+            any_python=$(find_python 3.10 "$python" "${PYTHONS[@]}") || fail "Python 3.10 is needed"
+            all_methods=$("$any_python" -c 'from configs import METHODS; print(*METHODS)')
             KS=${KS:-16} METHODS=${METHODS:-$all_methods}
             [[ "$(echo $KS)" =~ ^[0-9]+(\ [0-9]+)*$ ]] ||
                 fail "KS='$KS' are not whole numbers between spaces"
