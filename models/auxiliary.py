@@ -232,7 +232,9 @@ def later_blocks_head(match: re.Match, place: Place) -> Head:
     to even. A block has stride 2 where the widths since the last stride have doubled.
     """
     later, d, unit = place.later_widths, place.depth, place.unit
-    if not later or d is None or not 1 <= d <= len(later):
+    if not later:
+        raise InputError("the head auglocal copies later units, and behind the last there is none")
+    if d is None or not 1 <= d <= len(later):
         raise InputError(
             f"the head auglocal copies later units of the net: its depth is 1 to {len(later)} "
             f"after this unit, not {d}"

@@ -5,6 +5,7 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,43 @@ def build_network(
     outputs = num_classes if task.classifies else aux_net_feature_dim
     widths = [unit.out_channels for unit in units.values()]
     sizes = _sizes(units.values(), image_size) if K > 1 else []
+
+    def training_parts(index: int, end: int) -> dict[str, Any]:
+        """Return what a module before the last trains with, as arguments of LocalModule.
+
+        Its units end before unit `end` of the net.
+        """
+        if overlap and index == 0:
+            return {"head": None}
+        next_name, next_unit = next(iter(parts[index + 1].items()))
+        given: dict[str, Any] = {}
+        seen = end - 1  # the unit that the head sees the output of
+        if momentum_aux is not None:
+            seen = end
+            given["momentum"] = MomentumBlock(
+                _copy(next_unit), _copy(next_unit), momentum_aux, momentum_aux_mix == "learned",
+                recompute,
+            )  # fmt: skip
+        depth = later_blocks_depth(
+            6 if aux_net_depth is None else aux_net_depth,
+            0.5 if aux_net_taper is None else aux_net_taper, index, K,
+        )  # fmt: skip
+        for name in ("head", "own_head") if overlap else ("head",):
+            given[name] = build_head(
+                aux_net_config, channels=widths[seen], size=sizes[seen], outputs=outputs,
+                later_widths=widths[seen + 1 :], depth=min(depth, len(widths) - seen - 1),
+                widen=aux_net_widen, feature_dim=aux_net_feature_dim, unit=seen, task=task,
+            )  # fmt: skip
+            given[name].recompute = recompute
+        if loss_scale is not None:
+            given["decoder"] = (PatchDecoder if patch_decoder else Decoder)(
+                widths[seen], aux_net_widen
+            )
+            stage = 0 if end == 1 else next_name[0]
+            place = index if loss_scale_rule == "module" else stage
+            given["loss_weights"] = loss_weights(loss_scale, place, K)
+        return given
+
     modules: list[LocalModule] = []
     contexts, channels, end = Contexts(mode, image=3), 3, 0
     for index, part in enumerate(parts):
@@ -215,39 +253,10 @@ def build_network(
         if index == K - 1:
             head = real_head(channels, num_classes)
             head.set_task(real_task)
-            modules.append(LocalModule(supply, part, head, recompute=recompute))
-            continue
-        momentum, seen = None, end - 1  # the unit whose output the head sees
-        if momentum_aux is not None:
-            block, seen = next(iter(parts[index + 1].values())), end
-            momentum = MomentumBlock(
-                _copy(block), _copy(block), momentum_aux, momentum_aux_mix == "learned", recompute
-            )
-        later = widths[seen + 1 :]
-        depth = later_blocks_depth(
-            6 if aux_net_depth is None else aux_net_depth,
-            0.5 if aux_net_taper is None else aux_net_taper, index, K,
-        )  # fmt: skip
-        make_head = partial(
-            build_head, aux_net_config, channels=widths[seen], size=sizes[seen], outputs=outputs,
-            later_widths=later, depth=min(depth, len(later)), widen=aux_net_widen,
-            feature_dim=aux_net_feature_dim, unit=seen, task=task,
-        )  # fmt: skip
-        is_first_of_window = overlap > 0 and index == 0
-        head = None if is_first_of_window else make_head()
-        own_head = make_head() if overlap and not is_first_of_window else None
-        decoder, weights = None, (0.0, 1.0)
-        if loss_scale is not None and not is_first_of_window:
-            decoder = (PatchDecoder if patch_decoder else Decoder)(widths[seen], aux_net_widen)
-            stage = 0 if end == 1 else next(iter(parts[index + 1]))[0]
-            place = index if loss_scale_rule == "module" else stage
-            weights = loss_weights(loss_scale, place, K)
-        for made in (head, own_head):
-            if made is not None:
-                made.recompute = recompute
-        modules.append(
-            LocalModule(supply, part, head, decoder, weights, recompute, momentum, own_head)
-        )
+            given = {"head": head}
+        else:
+            given = training_parts(index, end)
+        modules.append(LocalModule(supply, part, recompute=recompute, **given))
 
     overlap_weight = 0.999 if overlap_weight is None else overlap_weight
     network = ContSupNetwork(

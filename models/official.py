@@ -29,8 +29,8 @@ def official_names(network: ContSupNetwork) -> dict[str, str]:
     }
     names = {}
     for name in network.state_dict():
-        ours = next(prefix for prefix in prefixes if name.startswith(prefix))
-        names[name] = prefixes[ours] + name.removeprefix(ours)
+        ours = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        names[name] = prefixes.get(ours, "") + name.removeprefix(ours)  # else the release lacks it
     return names
 
 

@@ -69,16 +69,18 @@ def window_step(
         (loss * scale).backward()
         gradient, features.grad = features.grad, None
         h_out.backward(gradient, retain_graph=True)
+        close_window(network, before, scale, state)
+    del before  # with its output
     with network.autocast(targets.device):
         own_loss = (1 - network.overlap_weight) * module.own_loss(features, targets)
     with network.without_autocast(targets.device):
         (own_loss * scale).backward()
         gradient, features.grad = features.grad, None
-        state.window = OpenWindow(module, h_out, features, gradient, scale)
-        close_window(network, before, scale, state)
+        window = OpenWindow(module, h_out, features, gradient, scale)
         if module is network.local_modules[-1]:
-            close_window(network, state.window, scale, state)
-            state.window = None
+            close_window(network, window, scale, state)
+        else:
+            state.window = window
     return (loss + own_loss).detach(), output.detach()
 
 
