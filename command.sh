@@ -166,7 +166,11 @@ add_method() {
         esac
         add_runs "$data" 32 "R0 E" cross_entropy "$K" "${options[@]}"
         if [ "$1" = contsup ]; then
-            prepare >&2
+            if [ -n "$list" ]; then use_active_environment; else prepare >&2; fi
+            if ! has_torch "$python"; then
+                echo "command.sh: note: the control's --layers need torch to be found" >&2
+                continue
+            fi
             layers=$("$python" -m planning.equal_flops --layers 32 --local_module_num "$K" \
                 --context_mode E) || exit $?
             add_runs "$data" "$layers" R0 cross_entropy "$K" "${options[@]}"

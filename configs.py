@@ -244,6 +244,9 @@ def published_loss_scale(layers: int, K: int, dataset: str, balanced_memory: boo
     return rows[K]
 
 
+MOMENTUM_MIXES = ("fixed", "learned")
+"""`--momentum_aux_mix`: two blocks added, or in a trained proportion."""
+
 LOSS_SCALE_RULES = ("module", "stage")
 """`--loss_scale_rule`: what a module's loss weights go by; `stage` is the rule of MAN's release."""
 
@@ -270,6 +273,8 @@ def _dataset_with_tables(dataset: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Methods: name -> options of train.py; sources and what differs from them: docs/methods.md
 
+AUGLOCAL = {"aux_net_depth": 6, "aux_net_taper": 0.5}
+OVERLAP_WEIGHT = 0.999
 INFOPRO = {"context_mode": "R0", "local_loss_mode": "cross_entropy", "h_reconstruct": True}
 MAN = INFOPRO | {
     "aux_net_config": "2c2f", "loss_scale": [5.0, 0.5, 0.0, 0.0], "loss_scale_rule": "stage",
@@ -283,14 +288,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dgl": SOFTMAX | {"aux_net_config": "mlp-sr"},
     "infopro": INFOPRO,
     "predsim": SOFTMAX | {"aux_net_config": "predsim"},
-    "auglocal": SOFTMAX | {
-        "aux_net_config": "auglocal", "aux_net_depth": 6, "aux_net_taper": 0.5,
-    },
+    "auglocal": SOFTMAX | {"aux_net_config": "auglocal"} | AUGLOCAL,
     "man": MAN,
     "manpp": MAN | {"momentum_aux_mix": "learned"},
     "hpff": INFOPRO | {
         "aux_net_config": "2c2f", "loss_scale": [5.0, 0.5, 0.0, 0.0], "patch_decoder": True,
-        "overlap": 1, "overlap_weight": 0.999,
+        "overlap": 1, "overlap_weight": OVERLAP_WEIGHT,
     },
     "sid": SOFTMAX | {"consistency": 0.5},
 }  # fmt: skip

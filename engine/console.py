@@ -174,6 +174,10 @@ def say(line: str) -> None:
         discard(sys.stderr)
 
 
+OF_METHODS = {"aux_net_config": "1c2f", "momentum_aux": None, "overlap": 0, "consistency": None}
+"""Options that tell methods apart, and their defaults."""
+
+
 def headline(options: argparse.Namespace) -> str:
     """Return net, data and method in a line."""
     model = "ResNet" if options.model == "resnet" else options.model
@@ -181,6 +185,9 @@ def headline(options: argparse.Namespace) -> str:
     if options.local_module_num > 1:
         loss = options.local_loss_mode + (" with decoders" if options.h_reconstruct else "")
         method = f"K={options.local_module_num}, context {options.context_mode}, {loss}"
+        for name, usual in OF_METHODS.items():
+            if getattr(options, name) != usual:
+                method += f", {name} {getattr(options, name)}"
     if options.train_modules is not None:
         method += f", training modules {' '.join(map(str, options.train_modules))} alone"
     return f"{model}-{options.layers} on {options.dataset}: {method}"
@@ -193,6 +200,11 @@ def print_network(network: "ContSupNetwork", options: argparse.Namespace) -> Non
     print(headline(options))
     print("cuts after [stage, block]:", *(cuts or ["none"]))
     print("parameters:", ", ".join(counts), flush=True)
+    windows = network.overlap_weight is not None  # there a module has the next one's loss too
+    for module in network.local_modules[: 2 if windows else None]:
+        if module.decoder is not None and not any(module.loss_weights):
+            index = module.index - windows
+            note(f"module {index} trains on nothing: with this --loss_scale its loss weighs 0")
 
 
 def print_data(data: "ImageData") -> None:

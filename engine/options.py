@@ -14,7 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs import DATASETS, LOSS_SCALE_RULES, METHODS, Cut, InputError, balanced_cuts_are_equal
+from configs import (
+    AUGLOCAL,
+    DATASETS,
+    LOSS_SCALE_RULES,
+    METHODS,
+    MOMENTUM_MIXES,
+    OVERLAP_WEIGHT,
+    Cut,
+    InputError,
+    balanced_cuts_are_equal,
+)
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -66,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 preset = {option: x for option, x in preset.items() if option not in parts}
         if set(LOSS_SCALE_PARTS) & set(names):
             preset.pop("loss_scale", None)
-        return [*as_arguments(preset), *args]
+        return [*as_arguments(preset, f"--method {typed.method} has"), *args]
 
     def _join_loss_scale(self, options: argparse.Namespace, earlier: list[float] | None) -> None:
         """Replace the four single numbers by `loss_scale`; `earlier` is one that was not typed."""
@@ -234,15 +244,16 @@ def build_parser() -> Parser:
     add("--aux_net_depth", type=integer_between(1, 100_000), metavar="D",
         help="residual blocks of the head auglocal after the first module (default: 6)")
     add("--aux_net_taper", type=share, metavar="TAU",
-        help="part of these blocks that is left out at the last cut (default: 0.5)")
+        help="AugLocal's pyramid coefficient: at the last cut this part of all blocks but one is "
+        "left out (default: 0.5)")
     add("--aux_net_widen", type=positive, default=1.0, metavar="W",
-        help="width factor of auxiliary heads and context encoders")
+        help="width factor of context encoders, decoders and the heads AcBf and mlp-sr*")
     add("--aux_net_feature_dim", type=integer_between(1, 65536), default=128, metavar="F",
         help="width of a head's hidden linear layers and of its embedding")
     add("--momentum_aux", type=share, metavar="M",
         help="before each auxiliary head put two blocks like the next module's first: one trained, "
         "one a moving average of it with this decay (default: none)")
-    add("--momentum_aux_mix", choices=["fixed", "learned"],
+    add("--momentum_aux_mix", choices=MOMENTUM_MIXES,
         help="add the two, or train their proportion (default: fixed)")
     add("--overlap", type=integer_between(0, 1), default=0, metavar="N",
         help="1: a module also trains on the loss of the module after it")
@@ -451,6 +462,10 @@ def complete_options(
             value = getattr(typed, name)
             if value and value != checkpoint_options.get(name):
                 raise InputError(f"the checkpoint has cuts of its own: leave --{name} out")
+        if any(word.partition("=")[0] == "--method" for word in argv):  # as a whole, not in parts
+            of_methods = {name for preset in METHODS.values() for name in preset}
+            kept = {k: v for k, v in checkpoint_options.items() if k not in of_methods}
+            checkpoint_options = kept
         parser = build_parser()
         options = parser.parse_args(argv, parser.parse_args(as_arguments(checkpoint_options)))
         if "checkpoint" in checkpoint_options and typed.checkpoint == ".":
@@ -542,8 +557,10 @@ def _check_checkpoint_folder(options: argparse.Namespace) -> None:
         )
 
 
-def as_arguments(options: Mapping[str, object]) -> list[str]:
-    """Return options as one would type them.
+def as_arguments(
+    options: Mapping[str, object], source: str = "the checkpoint's options have"
+) -> list[str]:
+    """Return options as one would type them; `source` begins the message of an error.
 
     Raises InputError for a name or value that no run has: a file made by others may have any.
     """
@@ -557,8 +574,7 @@ def as_arguments(options: Mapping[str, object]) -> list[str]:
         numbers = all(re.fullmatch("-?[0-9][0-9.,e+-]*|nan|inf", word) for word in words)
         if name not in known or not plain or (isinstance(value, list) and not numbers):
             raise InputError(
-                f"the checkpoint's options have {reprlib.repr(name)} {reprlib.repr(value)}, which "
-                "no run has"
+                f"{source} {reprlib.repr(name)} {reprlib.repr(value)}, which no run has"
             )
         option = "--no-augment" if name == "no_augment" else f"--{name}"
         arguments += (
@@ -578,12 +594,13 @@ def fill_in(options: argparse.Namespace) -> argparse.Namespace:
         "warmup_epochs": math.ceil(options.epochs / 16) if options.cos_lr else 0,
         "partition": "balanced" if options.balanced_memory else partition,
         "local_module_num": len(options.cuts or []) + 1,
-        "momentum_aux_mix": "fixed",
     }
     if options.aux_net_config == "auglocal":
-        defaults |= {"aux_net_depth": 6, "aux_net_taper": 0.5}
+        defaults |= AUGLOCAL
+    if options.momentum_aux is not None:
+        defaults["momentum_aux_mix"] = MOMENTUM_MIXES[0]
     if options.overlap:
-        defaults["overlap_weight"] = 0.999
+        defaults["overlap_weight"] = OVERLAP_WEIGHT
     given = {name: value for name, value in vars(options).items() if value is not None}
     filled = argparse.Namespace(**(vars(options) | defaults | given))
     filled.balanced_memory = filled.partition == "balanced"

@@ -96,11 +96,12 @@ class Training:
         """Raise InputError if a head normalises over a batch's samples and a batch has but one."""
         rank, size = self.strategy.share
         parts = [share_sizes(n, size)[rank] for n in self.train_batches.sizes()]
-        norms = {type(layer) for layer in self.network.modules()}
+        trained = (m for m in self.network.stage if not m.frozen)
+        norms = {type(layer) for module in trained for layer in module.modules()}
         if nn.BatchNorm1d in norms and 1 in parts:
             raise InputError(
-                f"the head {self.options.aux_net_config} normalises over the samples of a batch, "
-                "and the last batch leaves one sample: take another --batch_size"
+                f"a head ({self.options.aux_net_config}) normalises over the samples of a batch, "
+                "and a batch, or a process's part of it, has one: take another --batch_size"
             )
 
     # The loop

@@ -13,20 +13,8 @@ from torch import Tensor, nn
 from configs import InputError
 from losses import CROSS_ENTROPY, TaskLoss, reconstruction_loss, similarity_matching
 from models.checkpointing import checkpoint_unit
+from models.layers import Pool, scaled_width, to_float32
 from models.resnet import BasicBlock
-
-
-def scaled_width(width: int, factor: float) -> int:
-    """Return `width * factor`, truncated; raise InputError if that is 0."""
-    scaled = int(width * factor)
-    if scaled < 1:
-        raise InputError(f"a width of {width} times {factor} truncates to {scaled}: widen more")
-    return scaled
-
-
-def to_float32(x: Tensor) -> Tensor:
-    """Return x, or a float32 copy of float16 or bfloat16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Head(nn.Sequential):
@@ -137,11 +125,11 @@ def mlp_sr_head(match: re.Match, place: Place) -> Head:
     """
     width = scaled_width(place.channels, place.widen)
     hidden, from_channels = 4 * width, place.channels
-    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(math.ceil(place.size / 4))]
+    layers: list[nn.Module] = [Pool(math.ceil(place.size / 4))]
     for _ in range(3):
         layers += _conv1x1(from_channels, width)
         from_channels = width
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    layers += [Pool(2), nn.Flatten()]
     for _ in range(2):
         linear = nn.Linear(hidden, hidden, bias=False)
         layers += [linear, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
@@ -155,7 +143,7 @@ def mlp_sr_512_head(match: re.Match, place: Place) -> Head:
     linear-BN-ReLU 512w wide; linear.
     """
     width, hidden = scaled_width(128, place.widen), scaled_width(512, place.widen)
-    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(8)]
+    layers: list[nn.Module] = [Pool(8)]
     for from_channels in (place.channels, width, width):
         layers += _conv1x1(from_channels, width)
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -180,6 +168,8 @@ class PredSim(Head):
 
     def __init__(self, place: Place) -> None:
         channels, size = place.channels, place.size
+        if size < 2:
+            raise InputError("the head predsim compares positions, and these features have one")
         kernel, pooled = [1, 1], [size, size]
         for axis in (0, 1) * size.bit_length():
             if channels * pooled[0] * pooled[1] > self.INPUTS and kernel[axis] < size:
@@ -317,6 +307,10 @@ def build_head(
     if unit is None:
         unit = 3 * later.count(later[-1]) - len(later) if later else 0
     head = build(match, Place(channels, size, outputs, widen, feature_dim, unit, later, depth))
+    if type(head) is nn.Sequential:
+        head = Head(*head)
+    if not isinstance(head, Head):
+        raise InputError(f"the head {config} is a {type(head).__name__}, no models.auxiliary.Head")
     head.set_task(task)
     return head
 

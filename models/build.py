@@ -3,7 +3,8 @@
 import copy
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from configs import (
+    AUGLOCAL,
     DATASETS,
     LOSS_SCALE_RULES,
+    MOMENTUM_MIXES,
+    OVERLAP_WEIGHT,
     Cut,
     InputError,
     Scale,
@@ -35,6 +39,7 @@ from models.context import ContextMode, Contexts, ContextSupply
 from models.momentum import MomentumBlock
 from models.network import ContSupNetwork, LocalModule
 from models.resnet import BACKBONES, initialise
+from models.torch_internals import FakeTensorMode, is_fake
 
 SMALLEST_IMAGE = 4
 """Two strides of 2 leave one pixel of this many."""
@@ -42,9 +47,6 @@ SMALLEST_IMAGE = 4
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`--amp` -> dtype of autocast."""
-
-MIXES = ("fixed", "learned")
-"""`--momentum_aux_mix`."""
 
 WIDEST = 1000
 """An upper bound of `aux_net_widen`, so that a slip of the keyboard is an error of its own."""
@@ -75,7 +77,7 @@ def build_network(
     aux_net_depth: int | None = None,
     aux_net_taper: float | None = None,
     momentum_aux: float | None = None,
-    momentum_aux_mix: str = "fixed",
+    momentum_aux_mix: str | None = None,
     overlap: int = 0,
     overlap_weight: float | None = None,
     consistency: float | None = None,
@@ -94,8 +96,8 @@ def build_network(
         local_loss_mode: `cross_entropy` or `contrast`, the auxiliary heads' loss.
         dataset: name in `configs.DATASETS`; chooses the published cuts and loss scales, and the
             mean and std that a decoder's target is un-normalised with.
-        image_size: side of the square images in pixels. It is only checked: the network itself
-            takes any size.
+        image_size: side of the square images in pixels. The heads mlp-sr and predsim are built for
+            it; all else takes any size.
         num_classes: outputs of the real head and of softmax auxiliary heads.
         balanced_memory: published memory-balanced cuts instead of equal layers.
         h_reconstruct: give each module but the last a decoder.
@@ -114,7 +116,8 @@ def build_network(
             default 6 and 0.5.
         momentum_aux: decay of the average in a `MomentumBlock` before each auxiliary head; None for
             no such blocks.
-        momentum_aux_mix: `fixed` adds the two blocks, `learned` trains their proportion.
+        momentum_aux_mix: `fixed` (the default) adds the two blocks, `learned` trains their
+            proportion.
         overlap: 1 also trains each module on the next one's loss, in windows of two modules.
         overlap_weight: of a window's loss, in [0, 1]; by default 0.999.
         consistency: alpha of `losses.consistency_loss`, in [0, 1], for all heads; None for cross
@@ -142,7 +145,8 @@ def build_network(
     _check_range("aux_net_widen", aux_net_widen, widen_fits, f"above 0 and {WIDEST} at most")
     group_fits = _is_whole(context_group) and context_group >= 0
     _check_range("context_group", context_group, group_fits, "a whole number of at least 0")
-    _check_choice("momentum_aux_mix", momentum_aux_mix, MIXES)
+    momentum_aux_mix = momentum_aux_mix or MOMENTUM_MIXES[0]
+    _check_choice("momentum_aux_mix", momentum_aux_mix, MOMENTUM_MIXES)
     _check_choice("loss_scale_rule", loss_scale_rule, LOSS_SCALE_RULES)
     for name, value in {
         "aux_net_taper": aux_net_taper, "momentum_aux": momentum_aux,
@@ -157,19 +161,28 @@ def build_network(
 
     K = local_module_num
     task = LOCAL_LOSSES[local_loss_mode]
-    for name in options_of_cuts(aux_net_config, momentum_aux, overlap, consistency):
+    of_cuts = {
+        "aux_net_config": aux_net_config, "momentum_aux": momentum_aux, "overlap": overlap,
+        "consistency": consistency,
+    }  # fmt: skip
+    for name in options_of_cuts(of_cuts):
         if K == 1:
             raise InputError(
-                f"{name} is for the modules before a cut, and local_module_num 1 has none"
+                f"{name} is for the modules before a cut: give local_module_num 2 or more, not 1"
             )
     exclusive = {
-        "consistency and local_loss_mode contrast": consistency is not None and not task.classifies,
         "consistency and overlap": consistency is not None and overlap > 0,
         "momentum_aux and overlap": momentum_aux is not None and overlap > 0,
+        "momentum_aux and aux_net_config auglocal": momentum_aux is not None
+        and find_head(aux_net_config)[1] is later_blocks_head,
         "train_modules and overlap": train_modules is not None and overlap > 0,
     }
     for names in (names for names, both in exclusive.items() if both):
         raise InputError(f"{names} exclude each other: leave one of them out")
+    if consistency is not None and not task.classifies:
+        raise InputError(
+            "consistency is for heads that classify: give local_loss_mode cross_entropy"
+        )
     for name, needs, given in (
         ("patch_decoder", h_reconstruct, patch_decoder),
         ("loss_scale_rule stage", h_reconstruct, loss_scale_rule != "module"),
@@ -203,7 +216,7 @@ def build_network(
         task = real_task = TaskLoss(function, classifies=True, follows=True)
     outputs = num_classes if task.classifies else aux_net_feature_dim
     widths = [unit.out_channels for unit in units.values()]
-    sizes = _sizes(units.values(), image_size) if K > 1 else []
+    sizes = _sizes([*units.values()], image_size) if K > 1 else []
 
     def training_parts(index: int, end: int) -> dict[str, Any]:
         """Return what a module before the last trains with, as arguments of LocalModule.
@@ -222,14 +235,17 @@ def build_network(
                 recompute,
             )  # fmt: skip
         depth = later_blocks_depth(
-            6 if aux_net_depth is None else aux_net_depth,
-            0.5 if aux_net_taper is None else aux_net_taper, index, K,
+            AUGLOCAL["aux_net_depth"] if aux_net_depth is None else aux_net_depth,
+            AUGLOCAL["aux_net_taper"] if aux_net_taper is None else aux_net_taper, index, K,
         )  # fmt: skip
         for name in ("head", "own_head") if overlap else ("head",):
+            of_module = name == "head"  # the own head of windows has cross entropy in any case
             given[name] = build_head(
-                aux_net_config, channels=widths[seen], size=sizes[seen], outputs=outputs,
+                aux_net_config, channels=widths[seen], size=sizes[seen],
+                outputs=outputs if of_module else num_classes,
                 later_widths=widths[seen + 1 :], depth=min(depth, len(widths) - seen - 1),
-                widen=aux_net_widen, feature_dim=aux_net_feature_dim, unit=seen, task=task,
+                widen=aux_net_widen, feature_dim=aux_net_feature_dim, unit=seen,
+                task=task if of_module else CROSS_ENTROPY,
             )  # fmt: skip
             given[name].recompute = recompute
         if loss_scale is not None:
@@ -258,9 +274,9 @@ def build_network(
             given = training_parts(index, end)
         modules.append(LocalModule(supply, part, recompute=recompute, **given))
 
-    overlap_weight = 0.999 if overlap_weight is None else overlap_weight
+    overlap_weight = OVERLAP_WEIGHT if overlap_weight is None else overlap_weight
     network = ContSupNetwork(
-        modules, mode, dataset, AMP[amp], overlap_weight=overlap_weight if overlap else None
+        modules, mode, dataset, AMP[amp], overlap_weight if overlap else None, num_classes
     )
     if overlap:
         _count_passes(modules)
@@ -271,19 +287,14 @@ def build_network(
     return network
 
 
-OPTIONS_OF_CUTS = ("aux_net_config", "momentum_aux", "overlap", "consistency")
-"""Arguments of `options_of_cuts`."""
-
-
-def options_of_cuts(
-    aux_net_config: str, momentum_aux: float | None, overlap: int, consistency: float | None
-) -> list[str]:
-    """Return which of these arguments of `build_network` are given, and need two modules."""
+def options_of_cuts(arguments: Mapping[str, Any]) -> list[str]:
+    """Return which of some arguments of `build_network` are given, and need two modules."""
+    head = arguments["aux_net_config"]
     is_given = {
-        f"aux_net_config {aux_net_config}": find_head(aux_net_config)[1] is later_blocks_head,
-        "momentum_aux": momentum_aux is not None,
-        "overlap": overlap > 0,
-        "consistency": consistency is not None,
+        f"aux_net_config {head}": find_head(head)[1] is later_blocks_head,
+        "momentum_aux": arguments["momentum_aux"] is not None,
+        "overlap": arguments["overlap"] > 0,
+        "consistency": arguments["consistency"] is not None,
     }
     return [name for name, given in is_given.items() if given]
 
@@ -308,12 +319,15 @@ def _copy(unit: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _sizes(units: Iterable[nn.Module], image_size: int) -> list[int]:
-    """Return the side of each unit's output, in pixels."""
-    sizes, x = [], torch.zeros(1, 3, image_size, image_size)
-    for unit in units:
-        x = unit.eval()(x)  # where it keeps its statistics, and drops nothing out
-        unit.train()
-        sizes.append(x.shape[-1])
+    """Return the side of each unit's output, in pixels, without computing anything."""
+    sizes, parameters = [], (p for unit in units for p in unit.parameters())
+    has_data = all(not (is_fake(p) or p.is_meta) for p in parameters)
+    with FakeTensorMode(allow_non_fake_inputs=True) if has_data else nullcontext():
+        x = torch.zeros(1, 3, image_size, image_size)
+        for unit in units:
+            x = unit.eval()(x)  # where it keeps its statistics, and drops nothing out
+            unit.train()
+            sizes.append(x.shape[-1])
     return sizes
 
 

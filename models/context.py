@@ -6,13 +6,11 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import InputError
-from models.auxiliary import scaled_width
 from models.checkpointing import encode_in_groups
+from models.layers import pool, scaled_width
 
 T = TypeVar("T")
 
@@ -165,28 +163,3 @@ class ContextSupply(nn.ModuleDict):
             in_place = is_fresh and context.dtype == h.dtype
             h = context.add_(h) if in_place else h + context
         return h
-
-
-def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return x average-pooled to `size`; x itself where it has that already."""
-    if x.shape[-2:] == size:
-        return x
-    if torch.are_deterministic_algorithms_enabled():
-        rows, columns = _averages(x, size)
-        return rows @ x @ columns.T
-    return F.adaptive_avg_pool2d(x, size)
-
-
-def _averages(x: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    """Return matrices (S, H) and (S, W) that pool x (N, C, H, W) as adaptive pooling does.
-
-    The backward of adaptive pooling on CUDA adds in any order; that of a matrix product does not.
-    """
-    matrices = []
-    for count, total in zip(size, x.shape[-2:], strict=True):
-        row = torch.arange(count, device=x.device)[:, None]
-        column = torch.arange(total, device=x.device)
-        averaged = (column >= row * total // count) & (column * count < (row + 1) * total)
-        weights = averaged.to(x.dtype)
-        matrices.append(weights / weights.sum(1, keepdim=True))
-    return matrices

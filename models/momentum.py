@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint_unit
+from models.layers import to_float32
 
 
 class MomentumBlock(nn.Module):
     """Two blocks like the next module's first one, between a module's output and its head.
 
-    One trains on the module's loss. The other is a moving average of the next module's block: the
-    loss gives its weights no gradient, but reaches the features through it. The output is
-    local(h) + average(h), or s local(h) + (2 - s) average(h) with a trained s that starts at 1.
+    One trains on the module's loss. The other is an exponential moving average (EMA) of the next
+    module's block: the loss gives its weights no gradient, but reaches the features through it. The
+    output is local(h) + average(h), or s local(h) + (2 - s) average(h) with a trained s that starts
+    at 1.
 
     Args:
         local, average: blocks (N, C, S, S) -> (N, C', S', S'); `average` keeps its own start.
@@ -41,8 +43,9 @@ class MomentumBlock(nn.Module):
         )
         if self.scale is None:
             return local + average
-        scale = self.scale.to(local.dtype)
-        return scale * local + (2 - scale) * average
+        # In float32: around 1 bfloat16 has steps of 1/128, and s moves by less.
+        mixed = self.scale * to_float32(local) + (2 - self.scale) * to_float32(average)
+        return mixed.to(local.dtype)
 
     @torch.no_grad()
     def update(self, weights: Iterable[Tensor]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from configs import DATASETS, Cut, InputError
-from models.auxiliary import Decoder, Head, PatchDecoder, to_float32
+from models.auxiliary import Decoder, Head, PatchDecoder
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
+from models.layers import to_float32
 from models.momentum import MomentumBlock
 from models.torch_internals import COMPILES_CHECKPOINTS, raise_recompile_limits
 from models.windows import OpenWindow, compile_windows, window_step
@@ -213,6 +214,7 @@ class ContSupNetwork(nn.Module):
             the caller's own.
         overlap_weight: of the loss of a window of two modules, 1 minus which a module's own loss
             has (`--overlap 1`); None trains each module on its own loss alone.
+        num_classes: outputs of the last module's head.
     Attributes:
         local_modules: an nn.ModuleList. A LocalModule put in the place of another is run, trained
             and saved from then on; make an optimizer for it.
@@ -228,6 +230,7 @@ class ContSupNetwork(nn.Module):
         dataset: str,
         autocast_dtype: torch.dtype | None = None,
         overlap_weight: float | None = None,
+        num_classes: int = 10,
     ) -> None:
         super().__init__()
         self.local_modules = nn.ModuleList(modules)
@@ -237,6 +240,7 @@ class ContSupNetwork(nn.Module):
         self.dataset = dataset
         self.autocast_dtype = autocast_dtype
         self.overlap_weight = overlap_weight
+        self.num_classes = num_classes
         self.average_gradients: Callable[[LocalModule], None] | None = None
         self.compiled = False
         self._own_modules: range | None = None
@@ -298,7 +302,7 @@ class ContSupNetwork(nn.Module):
             for encoder in module.context.values():
                 encoder.forward = partial(encode(type(encoder)), encoder)
         if self.overlap_weight is not None:
-            compile_windows(self.stage, compiled)
+            compile_windows(self.stage, LocalModule, compiled)
 
     def features(self, images: Tensor) -> Iterator[tuple[LocalModule, Tensor]]:
         """Yield each module of the stage with its h_out (N, C, S, S), first to last.
@@ -386,10 +390,11 @@ class ContSupNetwork(nn.Module):
 
     def _receive(self, images: Tensor) -> ForwardState:
         state = self.io.receive(self.mode, images)
-        head = self.local_modules[-1].head
-        if head.task.follows and state.prediction is None:  # no module before has predicted
-            classes = head[-1].out_features
-            state.prediction = images.new_full((len(images), classes), 1 / classes)
+        if (
+            self.local_modules[-1].head.task.follows and state.prediction is None
+        ):  # no module before has predicted
+            shape = len(images), self.num_classes
+            state.prediction = images.new_full(shape, 1 / self.num_classes)
         return state
 
     def module_step(
@@ -456,7 +461,8 @@ class ContSupNetwork(nn.Module):
         return self._own_modules or range(len(self.local_modules))
 
     def _averages_next(self, module: LocalModule) -> bool:
-        return module.momentum is not None and not module.frozen
+        momentum = module.momentum  # as a module that trains, which this process may not run
+        return momentum is not None and next(momentum.local.parameters()).requires_grad
 
     def _next_weights(self, module: LocalModule) -> list[Tensor]:
         """Return the weights of the next module's first block, before its step on this batch."""

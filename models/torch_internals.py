@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "allocations",
     "compile_errors",
     "hidden_from_profiler",
+    "is_fake",
     "keep_graphs_whole",
     "keep_saved_tensors",
     "raise_recompile_limits",
@@ -24,6 +25,11 @@ __all__ = [
 
 COMPILES_CHECKPOINTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 """Whether compiled code that recomputes layers moves BatchNorm's statistics once a step."""
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no data, for planning."""
+    return isinstance(tensor, FakeTensor) or isinstance(tensor.data, FakeTensor)
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from models.layers import to_float32
 from models.torch_internals import keep_saved_tensors
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ def close_window(
     """
     gradient = window.gradient
     if window.next_input.grad is not None:
-        of_window = window.next_input.grad * (window.scale / scale).to(window.h_out.dtype)
+        # In float32, in which no ratio of scales is 0 or infinite.
+        of_window = to_float32(window.next_input.grad) * (window.scale / scale)
+        of_window = of_window.to(window.h_out.dtype)
         gradient = of_window if gradient is None else gradient + of_window
     trained = [p for p in window.module.parameters() if p.requires_grad]
     window.h_out.backward(gradient, inputs=trained)
@@ -103,10 +106,12 @@ def close_window(
     state.finished.append(window.module)
 
 
-def compile_windows(modules: Sequence["LocalModule"], compiled: Callable) -> None:
+def compile_windows(
+    modules: Sequence["LocalModule"], kind: type["LocalModule"], compiled: Callable
+) -> None:
     """Compile the parts of `window_step` that a forward consists of; `compiled` compiles one."""
     keep_saved_tensors()
     for name in ("forward", "losses", "own_loss"):
-        part = compiled(getattr(type(modules[0]), name))
+        part = compiled(getattr(kind, name))
         for module in modules:
             setattr(module, name, partial(part, module))

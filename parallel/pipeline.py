@@ -54,25 +54,30 @@ class PipelineStrategy(ParallelStrategy):
             if self.size > 1 and not options.evaluate:
                 self.times = self.on_first(lambda: module_times(arguments, options, device))
             self.ranges = balanced_ranges(self.times or [1.0] * K, self.size)
-        self.link = self._connect(crossing(arguments, device, options.channels_last), device)
+        cuts = crossing(arguments, device, options.channels_last)
+        self.link = self._connect(cuts, device, arguments["momentum_aux"] is not None)
         self.waits = self.link.waits
 
-    def _connect(self, cuts: Sequence[Sequence[FeatureSpec]], device: torch.device) -> Link:
-        # A group for each cut: its transfers wait for no other cut's, and for no stop signal. One
-        # for what goes back, too.
-        pairs, pairs_back = (
-            [dist.new_group([r, r + 1], timeout=ALIVE_TIMEOUT) for r in range(self.size - 1)]
-            for _ in range(2)
-        )
+    def _connect(
+        self, cuts: Sequence[Sequence[FeatureSpec]], device: torch.device, sends_back: bool
+    ) -> Link:
+        # A group for each cut: its transfers wait for no other cut's, and for no stop signal.
+        def groups() -> list[dist.ProcessGroup]:
+            pairs = ([rank, rank + 1] for rank in range(self.size - 1))
+            return [dist.new_group(pair, timeout=ALIVE_TIMEOUT) for pair in pairs]
+
+        pairs, pairs_back = groups(), groups() if sends_back else []
         own, before, after = self.ranges[self.rank], self.rank - 1, self.rank + 1
         incoming = receive = outgoing = send = receive_back = send_back = None
         if self.rank > 0:
             incoming = cuts[own.start - 1]
             receive = partial(dist.irecv, src=before, group=pairs[before])
-            send_back = partial(dist.isend, dst=before, group=pairs_back[before])
         if self.rank < self.size - 1:
             outgoing = cuts[own.stop - 1]
             send = partial(dist.isend, dst=after, group=pairs[self.rank])
+        if self.rank > 0 and sends_back:
+            send_back = partial(dist.isend, dst=before, group=pairs_back[before])
+        if self.rank < self.size - 1 and sends_back:
             receive_back = partial(dist.irecv, src=after, group=pairs_back[self.rank])
         return Link(device, incoming, receive, outgoing, send, receive_back, send_back)
 

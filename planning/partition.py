@@ -21,7 +21,7 @@ from configs import Cut, InputError, choose_cuts, published_loss_scale
 from engine.console import readable
 from engine.memory import LiveBytes
 from models import LocalModule, build_network
-from models.build import OPTIONS_OF_CUTS, options_of_cuts
+from models.build import options_of_cuts
 from models.checkpointing import checkpoint_unit
 from models.context import ContextMode, Contexts, ContextSupply
 from models.torch_internals import FakeTensorMode
@@ -104,7 +104,8 @@ class Costs:
         self.mode = ContextMode.parse(arguments["context_mode"])
         with FakeTensorMode():
             images, targets = fake_batch(arguments, batch_size)
-            (all_units,) = build_network(**arguments | END_TO_END).local_modules
+            network = build_network(**arguments | END_TO_END)
+            (all_units,) = network.local_modules
             self.units, self.shapes = unit_costs(all_units, images, arguments["recompute"])
             self.names = all_units.unit_names
             by_kind, heads = {}, []
@@ -114,9 +115,10 @@ class Costs:
                     *(p.shape for part in owned_parts(module) for p in part.parameters()),
                 )
                 if kind not in by_kind:
-                    by_kind[kind] = head_costs(module, shape, images, targets)
+                    by_kind[kind] = head_costs(module, shape, images, targets, network.num_classes)
                 heads.append(by_kind[kind])
-            heads.append(head_costs(all_units, self.shapes[-1], images, targets))
+            last = head_costs(all_units, self.shapes[-1], images, targets, network.num_classes)
+            heads.append(last)
         self.heads = HeadCosts(*np.array(heads, dtype=float).T)
         self.image: Shape = tuple(images.shape[1:3])
         self.fixed = images.nbytes * (1 + arguments["h_reconstruct"]) + targets.nbytes
@@ -256,12 +258,14 @@ def _meter_units(
     return saved, peaks, shapes
 
 
-def head_costs(module: LocalModule, shape: Shape, images: Tensor, targets: Tensor) -> HeadCosts:
+def head_costs(
+    module: LocalModule, shape: Shape, images: Tensor, targets: Tensor, num_classes: int
+) -> HeadCosts:
     """Return the costs of the module's head and decoder on features (N, C, S, S)."""
     h_out = features(len(images), shape).requires_grad_()
     owned = nn.ModuleList(owned_parts(module))
     follows = module.head.task.follows
-    predicted = [torch.empty(len(images), module.head[-1].out_features)] if follows else []
+    predicted = [torch.empty(len(images), num_classes)] if follows else []
     with LiveBytes([*owned.parameters(), *owned.buffers(), h_out, images, targets]) as meter:
         before = meter.live
         output, *losses = module.losses(h_out, targets, images, *predicted)
@@ -434,20 +438,27 @@ def fewest_modules(arguments: dict[str, Any], batch_size: int, kind: str, budget
     arguments = arguments | {"amp": "off"}
     costs = Costs(arguments, batch_size)
     allowed = _allowed(costs, kind)
+    # The sum of the parts is exact, but for heads whose depth depends on the number of modules
+    # (auglocal), and for windows, of which it has one module.
+    limit = budget * (1.25 if arguments["aux_net_config"] == "auglocal" else 1)
+    too_large = []
     for K in allowed:
-        if kind == "auto" and costs.search.peaks[K] > budget - costs.fixed:
+        if kind == "auto" and costs.search.peaks[K] > limit - costs.fixed:
             continue
         ends = _ends(costs, kind, K)
-        if max(costs.peaks(ends)) <= budget:  # by the sum of the parts; a window has more
+        if max(costs.peaks(ends)) <= limit:
             cuts = costs.cuts(ends)
             peak = metered_peak(arguments, batch_size, cuts)
             if peak <= budget:
                 return Partition(cuts, peak)
-    if kind == "auto":
-        allowed = [min(allowed, key=lambda K: costs.search.peaks[K])]
-    peak, K = min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
-    if arguments["overlap"]:
-        peak = metered_peak(arguments, batch_size, costs.cuts(_ends(costs, kind, K)))
+            too_large.append((peak, K))
+    if not too_large:
+        if kind == "auto":
+            allowed = [min(allowed, key=lambda K: costs.search.peaks[K])]
+        _, K = min((max(costs.peaks(_ends(costs, kind, K))), K) for K in allowed)
+        cuts = costs.cuts(_ends(costs, kind, K))
+        too_large = [(metered_peak(arguments, batch_size, cuts), K)]
+    peak, K = min(too_large)
     raise InputError(
         f"no {kind} cuts of ResNet-{arguments['layers']} fit {readable(budget)} at batch size "
         f"{batch_size}: the smallest peak found is {readable(peak)}, with {K} modules; take a "
@@ -466,7 +477,7 @@ def _allowed(costs: Costs, kind: str) -> list[int]:
         f"ResNet-{a['layers']} has {count} units"
     )
     trained = max(a.get("train_modules") or [0])
-    least = 2 if options_of_cuts(*(a[name] for name in OPTIONS_OF_CUTS)) else 1
+    least = 2 if options_of_cuts(a) else 1
     for K in range(max(least, costs.mode.recent, trained + 1), count + 1):
         try:
             if a["h_reconstruct"] and a["loss_scale"] is None and K > 1:

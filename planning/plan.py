@@ -29,7 +29,7 @@ END_TO_END = {
     "train_modules": None,
     "aux_net_config": "1c2f",
     "momentum_aux": None,
-    "momentum_aux_mix": "fixed",
+    "momentum_aux_mix": None,
     "overlap": 0,
     "consistency": None,
     "patch_decoder": False,

@@ -36,8 +36,9 @@ HOW = (
     "epochs, and of that the mean over seeds.\n\n"
     "A deeper net is a control: it has no context, and the least depth whose inference takes the "
     "FLOPs of E. A published error is shown only beside runs with the same data, net, K, method, "
-    "epochs and other options. The head of its column names source and schedule; in brackets is "
-    "the name that the source gives to the method."
+    "epochs and other options; InfoPro's loss weights are taken to be the rows of ContSup's paper. "
+    "The head of its column names source and schedule; in brackets is the name that the source "
+    "gives to the method."
 )
 
 

@@ -143,6 +143,7 @@ def method_kind(config: dict[str, Any]) -> str:
         setattr(usual, deciding, config.get(deciding, getattr(usual, deciding)))
     usual = vars(fill_in(usual)) | {
         "aux_net_config": "1c2f", "overlap": 0, "loss_scale": _usual_loss_scale(config),
+        "momentum_aux_mix": "fixed",
     }  # fmt: skip
     for option in KIND_OPTIONS:
         value = config.get(option)

@@ -12,12 +12,15 @@ from cli import end_of, interrupt_after
 from torch import nn
 
 import losses
-from configs import METHODS
+from configs import METHODS, InputError
 from engine.memory import LiveBytes
+from engine.options import INVOCATION_OPTIONS, NETWORK_OPTIONS, complete_options
 from engine.step import Totals, make_optimizers, tensors_alive, train_step
 from models import build_network
 from models.auxiliary import PredSim
+from planning.partition import fewest_modules
 from planning.plan import planned_peak
+from report.results import KIND_OPTIONS
 
 CPU = torch.device("cpu")
 SIZE, CUTS = 16, [(1, 0), (1, 1), (2, 1)]
@@ -310,17 +313,18 @@ def test_typed_options_win(train_py, line, expected, last):
 
 REFUSED = {
     "--method other": "invalid choice: 'other'",
-    "--method auglocal --local_module_num 1": "local_module_num 1",
+    "--method auglocal --local_module_num 1": "local_module_num 2 or more",
     "--momentum_aux 0.9 --local_module_num 1": "momentum_aux",
     "--overlap 1 --local_module_num 1": "overlap",
     "--method sid --local_module_num 1": "consistency",
-    "--method sid --local_loss_mode contrast": "consistency and local_loss_mode contrast",
+    "--method sid --local_loss_mode contrast": "consistency is for heads that classify",
     "--method predsim --local_loss_mode contrast": "predsim",
     "--method predsim --consistency 0.5": "predsim",
     "--method hpff --parallel modules --dry_run": "--overlap needs",
     "--method hpff --train_modules 1": "train_modules and overlap",
     "--method hpff --consistency 0.5": "consistency and overlap",
     "--method hpff --momentum_aux 0.5": "momentum_aux and overlap",
+    "--method auglocal --momentum_aux 0.5": "momentum_aux and aux_net_config auglocal",
     "--aux_net_depth 2": "--aux_net_depth is for --aux_net_config auglocal",
     "--aux_net_taper 0": "--aux_net_taper is for --aux_net_config auglocal",
     "--overlap_weight 0": "--overlap_weight is for --overlap 1",
@@ -335,3 +339,49 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED)
 def test_bad_combinations_are_refused(refused, line):
     assert REFUSED[line] in refused(*BASE, *line.split())
+
+
+def test_a_method_replaces_that_of_a_checkpoint():
+    """Options of the other method that it does not set are dropped, and typed ones stay."""
+    of_sid = vars(complete_options([*BASE, "--method", "sid"]))
+    kept = {k: v for k, v in of_sid.items() if k not in INVOCATION_OPTIONS}
+    for more, expected in (([], None), (["--consistency", "0.9"], 0.9)):
+        options = complete_options(["--resume", "x", "--method", "dgl", *more], kept)
+        assert (options.aux_net_config, options.consistency) == ("mlp-sr", expected)
+        assert (options.layers, options.seed, options.context_mode) == (8, 5, "R0")
+    assert complete_options(["--resume", "x"], kept).consistency == 0.5
+
+
+def test_a_run_without_the_options_of_methods_is_known_as_it_was(train_py):
+    """Of an earlier version."""
+    run = [*BASE, "--output_dir", "run", "--resume", "auto"]
+    assert train_py(*run)[0] == 0
+    config = json.loads(Path("run/config.json").read_text())
+    for option in set(KIND_OPTIONS) - {"aux_net_config", "loss_scale"}:
+        del config[option]
+    Path("run/config.json").write_text(json.dumps(config))
+    status, out, err = train_py(*run)
+    assert (status, out, err) == (0, ["run is finished after 2 epochs"], [])
+
+
+def test_a_module_that_trains_on_nothing_is_named(train_py):
+    base = [*BASE, "--epochs", "1", "--output_dir"]
+    for method, idle in (("man", 1), ("hpff", 0)):
+        note = f"train.py: note: module {idle} trains on nothing"
+        status, _, err = train_py(*base, method, "--method", method)
+        assert (status, len(err), err[0].startswith(note)) == (0, 1, True)
+    assert train_py(*base, "more", *words("man"), "--loss_scale", "5", "1", "1", "1")[2] == []
+
+
+@pytest.mark.parametrize("method", ["auglocal", "hpff"])
+def test_a_budget_is_kept_by_the_fewest_modules_that_keep_it(method):
+    """The depth of AugLocal's heads depends on the number of modules, windows have two modules."""
+    options = complete_options(["--method", method, "--layers", "14"])
+    given = {name: getattr(options, name) for name in NETWORK_OPTIONS} | {"num_classes": 10}
+    peaks = {K: planned_peak(given | {"local_module_num": K}, 64) for K in range(2, 8)}
+    for budget in (max(peaks.values()), peaks[4], min(peaks.values())):
+        found = fewest_modules(given, 64, "equal", budget)
+        K = next(K for K, peak in peaks.items() if peak <= budget)
+        assert (len(found.cuts) + 1, found.peak) == (K, peaks[K])
+    with pytest.raises(InputError, match="the smallest peak found is"):
+        fewest_modules(given, 64, "equal", min(peaks.values()) - 1)

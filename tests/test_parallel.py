@@ -34,7 +34,7 @@ METHODS = {
     "R1E": ["--context_mode", "R1E", "--recompute", *DECODER],
     "R4": ["--context_mode", "R4", "--amp", "fp16", *SOFTMAX],
     "val": ["--context_mode", "E", *SOFTMAX, *HELD_OUT],
-    "manpp": ["--method", "manpp", "--context_mode", "R1E", "--recompute"],
+    "manpp": ["--method", "manpp", "--context_mode", "R1E", "--recompute", *DECODER],
     "sid": ["--method", "sid", "--context_mode", "R2", "--amp", "bf16"],
 }
 
