@@ -170,7 +170,7 @@ def test_parts_of_ones_own_in_several_processes(server):
     runs, notes = read_runs([server.folder / "made_up" / "one"])  # this process knows no part
     assert notes == []
     assert runs[["dataset", "K", "mode", "kind"]].to_numpy().tolist() == [
-        ["noise", 4, "R1S", "smooth"]
+        ["noise", 4, "R1S", "smooth, pool2"]
     ]
 
 

@@ -25,7 +25,7 @@ from engine.options import read_options
 from report import __main__ as report
 from report.figures import draw_figures, file_name, write_figures
 from report.methods import add_published, csv_columns, method_cells, method_name, methods_markdown
-from report.results import read_runs, read_setup
+from report.results import SETUP, read_runs, read_setup
 from report.tables import csv_text, error_text, over_seeds
 
 HERE = Path(__file__).parent
@@ -254,6 +254,25 @@ def test_the_docs_show_what_the_runs_of_the_experiment_say():
         assert f"| {c.K} | {c.method} | {errors} |" in docs
 
 
+def test_the_docs_show_what_the_runs_of_methods_say():
+    evidence = HERE.parent / "docs" / "evidence"
+    runs, notes = read_runs([evidence / "runs", evidence / "methods"])
+    assert notes == []
+    docs = (HERE.parent / "docs" / "methods.md").read_text()
+    cells = over_seeds(
+        runs[runs.setting.str.contains("limit_per_class 1000, epochs 8, batch_size")]
+    )
+    cells = cells.join(runs.groupby(SETUP).config.first(), on=SETUP)
+    cells["name"] = [method_name(cell) for cell in cells.to_dict("records")]
+    cells = cells[cells.name.notna() & ~cells.setting.str.contains("warmup")]
+    assert len(cells) > 8
+    for c in cells.itertuples():
+        errors, mode = error_text(c.error_last_mean, c.error_last_std, c.n), c.mode
+        mode = "-" if mode == "end to end" else mode
+        row = f"| {c.name} | {mode} | {errors} | {c.peak_memory_bytes / 2**20:,.0f} |"
+        assert row in docs
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The runs and the cells of methods, K = 2; FLOPs are counted in the making."""
@@ -356,7 +375,10 @@ def test_the_figure_of_methods(compared):
 
 INFOPRO, AUGLOCAL = (
     f"published, %: {source} epochs"
-    for source in ("InfoPro (ICLR 2021, table 2), 160", "AugLocal (ICLR 2024), 400")
+    for source in (
+        "InfoPro (ICLR 2021, table 2), 160",
+        "AugLocal's re-run (ICLR 2024), as quoted in notes on MAN and HPFF, 400",
+    )
 )
 
 
