@@ -156,7 +156,8 @@ def methods_figure(setting: str, cells: pd.DataFrame) -> Figure:
             for peak, error, std, mode in zip(
                 peaks, errors, group.error_last_std, group["mode"], strict=True
             ):
-                axes.errorbar(peak, error, std, color=colors[method], fmt=MARKERS[mode], capsize=3)
+                bar = None if np.isnan(std) else std
+                axes.errorbar(peak, error, bar, color=colors[method], fmt=MARKERS[mode], capsize=3)
                 axes.annotate(
                     method, (peak, error), (6, 4), textcoords="offset points",
                     fontsize="small", color=colors[method],

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -126,7 +127,8 @@ def count_flops(cell: dict[str, Any]) -> tuple[float, float]:
 
 def median_speed(metrics: list[dict[str, Any]]) -> float:
     """Return the median of the epochs' samples a second, NaN for a plan."""
-    return pd.Series([m.get("samples_per_second") for m in metrics], dtype=float).median()
+    speeds = [m["samples_per_second"] for m in metrics if "samples_per_second" in m]
+    return median(speeds) if speeds else math.nan
 
 
 def add_published(cells: pd.DataFrame) -> pd.DataFrame:

@@ -27,6 +27,11 @@ SIZE, CUTS = 16, [(1, 0), (1, 1), (2, 1)]
 MEAN = torch.tensor([125.3, 123.0, 113.9], dtype=torch.float64)[:, None, None] / 255
 DEVIATION = torch.tensor([63.0, 62.1, 66.7], dtype=torch.float64)[:, None, None] / 255
 each = pytest.mark.parametrize(("method", "mode"), [*product(METHODS, ("R0", "E"))])
+with_E = pytest.mark.parametrize(("method", "mode"), [
+    pytest.param(method, mode, marks=[pytest.mark.slow] if mode == "R0" else [])
+    for method, mode in product(METHODS, ("R0", "E"))
+])  # fmt: skip
+"""Those with E are fast."""
 
 
 def arguments(method, mode, **more):
@@ -197,7 +202,7 @@ def statistics(network):
     return {n: b for n, b in buffers if "running" in n and "context" not in n}
 
 
-@each
+@with_E
 def test_recomputed_units_give_the_same_gradients(method, mode):
     results = []
     for recompute in (False, True):
@@ -222,7 +227,7 @@ def test_loss_scales_change_no_gradient(method):
     close(gradients(network), gradients(plain), 1e-12)
 
 
-@each
+@with_E
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_a_real_step_takes_what_was_planned(method, mode, recompute):
     chosen, count = arguments(method, mode, recompute=recompute), 32
@@ -233,7 +238,7 @@ def test_a_real_step_takes_what_was_planned(method, mode, recompute):
     assert planned_peak(chosen, count) == pytest.approx(meter.peak, rel=0.01)
 
 
-@each
+@with_E
 def test_steps_in_bfloat16_are_finite(method, mode):
     network, (images, targets) = build(method, mode, amp="bf16"), batch(dtype=torch.float32)
     optimizers, totals = make_optimizers(network), Totals(network, CPU)

@@ -398,7 +398,7 @@ INFOPRO, AUGLOCAL = (
 def test_published_errors_are_beside_equal_setups_only(words, expected):
     usual = "--context_mode R0 --local_module_num 16 --local_loss_mode cross_entropy"
     cells = add_published(pd.DataFrame([read_setup(options_of(f"{usual} {words}"))]))
-    (cell,) = cells.filter(like="published, %").to_dict("records")
+    cell = cells.filter(like="published, %").iloc[0].to_dict()
     assert cell == expected
 
 
