@@ -378,6 +378,7 @@ def test_a_module_that_trains_on_nothing_is_named(train_py):
     assert train_py(*base, "more", *words("man"), "--loss_scale", "5", "1", "1", "1")[2] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auglocal", "hpff"])
 def test_a_budget_is_kept_by_the_fewest_modules_that_keep_it(method):
     """The depth of AugLocal's heads depends on the number of modules, windows have two modules."""

@@ -119,7 +119,7 @@ def check_figures_by_rank(folder, processes):
     ("val", ["0-1", "2-3"]),
     ("manpp", ["0-1", "2-3"]),
     pytest.param("manpp", ["0", "1", "2-3"], marks=slow),
-    ("sid", ["0", "1-3"]),
+    pytest.param("sid", ["0", "1-3"], marks=slow),
     pytest.param("R1E", ["0-3"], marks=slow),
     pytest.param("E", ["0-2", "3"], marks=slow),
     pytest.param("R4", ["0", "1", "2", "3"], marks=slow),
